@@ -468,6 +468,7 @@ func flatWalk(b []byte) (name []byte, end int, ok bool) {
 			name, end, ok = nil, 0, false
 		}
 	}()
+	b = slices.Clip(b) // or slicing would go on to its capacity
 	u16 := func(at int) int { return int(b[at])<<8 | int(b[at+1]) }
 	if len(b) < 10 || b[5] != 1 {
 		return nil, 0, false
