@@ -1,0 +1,900 @@
+package dataplane
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/dstack-gw/dstack-gw/dataplane/clienthello"
+	"github.com/dstack-gw/dstack-gw/dataplane/hostname"
+	"github.com/dstack-gw/dstack-gw/dataplane/loop"
+	"github.com/dstack-gw/dstack-gw/dataplane/proxyproto"
+	"github.com/dstack-gw/dstack-gw/dataplane/relay"
+	"github.com/dstack-gw/dstack-gw/dataplane/routing"
+	"github.com/dstack-gw/dstack-gw/dataplane/terminate"
+)
+
+type state uint8
+
+const (
+	stateHello     state = iota // reading PROXY header and ClientHello
+	stateResolve                // a goroutine asks DNS
+	statePolicy                 // waits for a port policy
+	stateHandshake              // TLS
+	stateDial
+	stateRelay
+	stateClosed
+)
+
+// conn is one client connection. Everything happens on its worker's loop.
+type conn struct {
+	w    *worker
+	id   uint64
+	cli  loop.Sock
+	peer netip.AddrPort // of the socket
+	st   state
+	mode hostname.Mode
+	// statMode indexes the counters; modeUnknown until the name was read.
+	statMode uint8
+	waiting  bool // counted in the half-open limits
+	counted  bool // counted in app.State.Active
+	inPP     bool // pp came from the client's side
+	sendPP   bool // the winner's policy wants a header
+
+	tm       loop.Timer
+	start    int64
+	dialFrom int64
+	deadline int64 // of the current phase, loop clock
+	lastMove int64
+
+	buf   []byte // bytes read and not consumed (pooled)
+	pp    proxyproto.Header
+	name  string
+	port  uint16
+	base  *routing.Base
+	app   *routing.App
+	cands routing.Candidates
+	next  int // candidate to dial next
+	first attempt
+	more  []*attempt // attempts after the first
+	won   *attempt
+
+	pair relay.Pair
+	sess *terminate.Session
+	hs   int64 // when the handshake began
+}
+
+// attempt is one dial to one instance.
+type attempt struct {
+	c       *conn
+	sock    loop.Sock
+	inst    *routing.Instance
+	began   int64
+	pending bool
+}
+
+func (w *worker) begin(fd int, peer netip.AddrPort) {
+	c := &conn{w: w, id: w.s.ids.Add(1), peer: peer, statMode: modeUnknown, start: w.l.Now()}
+	c.cli = loop.Sock{FD: fd, Readable: true, Writable: true}
+	c.tm.H = c
+	w.conns[c] = struct{}{}
+	w.stats.active[modeUnknown].Add(1)
+	c.deadline = c.start + int64(w.s.opt.Handshake)
+	if w.s.opt.InboundPROXY {
+		c.deadline = c.start + int64(w.s.opt.PPHeader)
+	}
+	c.readHello()
+}
+
+// Ready implements loop.Handler for the client's socket.
+func (c *conn) Ready(ev loop.Event) {
+	c.cli.Note(ev)
+	switch c.st {
+	case stateHello:
+		c.readHello()
+	case stateHandshake:
+		c.handshake()
+	case stateRelay:
+		c.relay()
+	case stateResolve, statePolicy, stateDial:
+		// The client has nothing to say in between; only its disappearance matters.
+		if ev&(unix.EPOLLERR|unix.EPOLLHUP) != 0 {
+			c.close(ReasonClientGone, c.cli.Err())
+		}
+	}
+}
+
+// Abort implements loop.Aborter.
+func (c *conn) Abort(err error) { c.close(ReasonInternal, err) }
+
+// ---- reading the hello ----
+
+func (c *conn) readHello() {
+	w := c.w
+	for {
+		scratch := w.relay.Scratch
+		limit := min(len(scratch), clienthello.MaxSize+proxyproto.MaxSize)
+		n, err := c.cli.Recv(scratch[:limit])
+		if err == loop.ErrWouldBlock {
+			c.awaitHello()
+			return
+		}
+		if err == io.EOF {
+			c.close(ReasonNoSNI, errors.New("client closed before a server name was read"))
+			return
+		}
+		if err != nil {
+			c.close(ReasonClientGone, err)
+			return
+		}
+		in := scratch[:n]
+		if c.buf != nil {
+			joined := append(c.buf[:len(c.buf):len(c.buf)], in...) // a copy: the pooled buffer may be too small
+			w.relay.PutChunk(c.buf)
+			c.buf, in = nil, joined
+		}
+		if w.s.opt.InboundPROXY && !c.inPP {
+			h, used, err := proxyproto.Parse(in)
+			if err == proxyproto.ErrIncomplete {
+				c.buf = w.relay.Chunk(in)
+				continue
+			}
+			if err == nil && !c.trusted() {
+				err = fmt.Errorf("PROXY header from %s, which is not in core.proxy.pp_trusted_sources", c.peer.Addr())
+			}
+			if err != nil {
+				c.close(ReasonPPHeader, err)
+				return
+			}
+			c.pp, c.inPP = h, true
+			in = in[used:]
+			c.deadline = w.l.Now() + int64(w.s.opt.Handshake)
+			if c.tm.Armed() {
+				c.armDeadline()
+			}
+			if len(in) == 0 {
+				continue
+			}
+		}
+		name, err := clienthello.SNI(in, w.name[:0])
+		if err == clienthello.ErrIncomplete {
+			c.buf = w.relay.Chunk(in)
+			continue
+		}
+		if err != nil {
+			c.close(ReasonNoSNI, err)
+			return
+		}
+		c.name = string(name)
+		c.unwait()
+		c.route(in)
+		return
+	}
+}
+
+func (c *conn) trusted() bool {
+	src := c.w.s.opt.TrustedSources
+	if len(src) == 0 {
+		return true
+	}
+	for _, p := range src {
+		if p.Contains(c.peer.Addr()) {
+			return true
+		}
+	}
+	return false
+}
+
+// awaitHello counts the connection as half-open and waits for more bytes.
+func (c *conn) awaitHello() {
+	w := c.w
+	if !c.waiting {
+		o := &w.s.opt
+		perPeer := (o.MaxHalfOpenPeer + len(w.s.workers) - 1) / len(w.s.workers)
+		if o.MaxHalfOpen > 0 && w.s.halfOpen.Load() >= o.MaxHalfOpen ||
+			o.MaxHalfOpenPeer > 0 && !o.InboundPROXY && w.waiting[c.peer.Addr()] >= perPeer {
+			c.close(ReasonOverload, errors.New("too many connections without a complete ClientHello"))
+			return
+		}
+		c.waiting = true
+		w.s.halfOpen.Add(1)
+		w.waiting[c.peer.Addr()]++
+	}
+	if !c.watch() {
+		return
+	}
+	if !c.tm.Armed() {
+		c.armDeadline()
+	}
+}
+
+func (c *conn) unwait() {
+	if !c.waiting {
+		return
+	}
+	c.waiting = false
+	c.w.s.halfOpen.Add(-1)
+	a := c.peer.Addr()
+	if n := c.w.waiting[a]; n > 1 {
+		c.w.waiting[a] = n - 1
+	} else {
+		delete(c.w.waiting, a)
+	}
+}
+
+func (c *conn) watch() bool {
+	if c.cli.Watched() {
+		return true
+	}
+	if err := c.cli.Watch(c.w.l, c); err != nil {
+		c.close(ReasonInternal, err)
+		return false
+	}
+	return true
+}
+
+func (c *conn) armDeadline() { c.w.l.Arm(&c.tm, time.Duration(c.deadline-c.w.l.Now())) }
+
+func (c *conn) phase(d time.Duration) {
+	c.deadline = c.w.l.Now() + int64(d)
+	c.armDeadline()
+}
+
+// ---- routing ----
+
+// source is the client's address for logs and limits: the PROXY header's if there is one.
+func (c *conn) source() netip.AddrPort {
+	if c.inPP && !c.pp.Local && c.pp.Src.IsValid() {
+		return c.pp.Src
+	}
+	return c.peer
+}
+
+// route decides what the name means. hello may stand in the worker's scratch buffer.
+func (c *conn) route(hello []byte) {
+	label, baseName, ok := hostname.Split(c.name)
+	if !ok {
+		c.close(ReasonNoSNI, fmt.Errorf("invalid sni %q", c.name))
+		return
+	}
+	snap := c.w.s.snap.Load()
+	base := snap.Base(baseName)
+	if base == nil {
+		id, port, err, ok := c.w.s.opt.Hooks.CachedCustom(c.name)
+		if !ok {
+			c.keep(hello)
+			c.resolve()
+			return
+		}
+		c.custom(hello, id, port, err)
+		return
+	}
+	t, err := hostname.ParseLabel(label)
+	if err != nil {
+		c.close(ReasonUnknownApp, err)
+		return
+	}
+	c.base = base
+	c.setMode(t.Mode)
+	c.port = t.Port
+	switch svc := t.Service(); svc {
+	case hostname.GatewayService, hostname.HealthService:
+		if err := svc.CheckPort(t.Port); err != nil {
+			c.close(ReasonPortPolicy, err)
+			return
+		}
+		c.builtin(svc, hello)
+		return
+	case hostname.LocalhostService:
+		if c.w.s.opt.LocalhostBackend {
+			c.localhost(hello)
+			return
+		}
+	}
+	c.target(snap, hello, t.ID)
+}
+
+func (c *conn) setMode(m hostname.Mode) {
+	c.mode = m
+	c.w.stats.active[c.statMode].Add(-1)
+	c.statMode = modeTerminate
+	if m == hostname.Passthrough {
+		c.statMode = modePassthrough
+	}
+	c.w.stats.active[c.statMode].Add(1)
+}
+
+// keep moves hello into a buffer of the connection.
+func (c *conn) keep(hello []byte) {
+	if c.buf == nil {
+		c.buf = c.w.relay.Chunk(hello)
+	}
+}
+
+func (c *conn) resolve() {
+	c.st = stateResolve
+	if !c.watch() {
+		return
+	}
+	o := &c.w.s.opt
+	c.phase(o.Resolve + time.Second) // the context below is the limit; this one is its safety net
+	name, w := c.name, c.w
+	w.s.bg.Go(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), o.Resolve)
+		defer cancel()
+		id, port, err := o.Hooks.ResolveCustom(ctx, name)
+		_ = w.l.Post(func() {
+			if c.st == stateResolve {
+				c.custom(c.buf, id, port, err)
+			}
+		})
+	})
+}
+
+func (c *conn) custom(hello []byte, id string, port uint16, err error) {
+	if err != nil {
+		c.close(ReasonDNS, fmt.Errorf("app address of %q: %w", c.name, err))
+		return
+	}
+	c.setMode(hostname.Passthrough)
+	c.port = port
+	if id == hostname.LocalhostID && c.w.s.opt.LocalhostBackend {
+		c.localhost(hello)
+		return
+	}
+	c.target(c.w.s.snap.Load(), hello, id)
+}
+
+var loopback = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+
+func (c *conn) localhost(hello []byte) {
+	c.cands.Add(&routing.Instance{ID: hostname.LocalhostID, Addr: loopback, Trusted: true, State: new(routing.State)})
+	c.admit(hello)
+}
+
+// target finds the instances that may serve id.
+func (c *conn) target(snap *routing.Snapshot, hello []byte, id string) {
+	if inst := snap.Instance(id); inst != nil {
+		c.app = snap.App(inst.AppID)
+		c.cands.Add(inst)
+	} else if app := snap.App(id); app != nil {
+		c.app = app
+		app.Choose(&c.cands, c.w.s.opt.Selection, time.Now().Unix(), c.w.s.Mono())
+		if c.cands.Len() == 0 {
+			c.close(ReasonNoInstance, fmt.Errorf("app %s: none of its %d instance(s) has a recent WireGuard handshake", id, len(app.Instances)))
+			return
+		}
+	} else {
+		c.close(ReasonUnknownApp, fmt.Errorf("app %s not found", id))
+		return
+	}
+	c.policy(hello)
+}
+
+// policy drops candidates whose port policy refuses the port, and holds the
+// connection while the only ones left have not told theirs.
+func (c *conn) policy(hello []byte) {
+	n := c.cands.Len()
+	unknown := 0
+	c.cands.Filter(func(i *routing.Instance) bool {
+		switch v, _ := i.Policy.Check(c.port); v {
+		case routing.Allow:
+			return true
+		case routing.Unknown:
+			unknown++
+			c.w.s.opt.Hooks.NeedPolicy(i.ID)
+		}
+		return false
+	})
+	if c.cands.Len() > 0 {
+		c.admit(hello)
+		return
+	}
+	hold := c.w.s.opt.PolicyHold
+	if unknown > 0 && hold > 0 && c.st != statePolicy {
+		c.keep(hello)
+		c.st = statePolicy
+		if !c.watch() {
+			return
+		}
+		c.w.held[c] = struct{}{}
+		c.w.s.held.Add(1)
+		c.phase(hold)
+		// A snapshot that came between the look above and the count would be missed.
+		snap := c.w.s.snap.Load()
+		if v, _ := c.lookup(snap); v != routing.Unknown {
+			c.recheck()
+		}
+		return
+	}
+	if c.st == statePolicy && unknown > 0 {
+		return // still waiting
+	}
+	c.close(ReasonPortPolicy, c.denied(n))
+}
+
+func (c *conn) denied(n int) error {
+	id := ""
+	if c.app != nil {
+		id = c.app.ID
+	}
+	return fmt.Errorf("port %d denied by app port policy for %s (%d candidate(s))", c.port, id, n)
+}
+
+// lookup re-reads the app's instances; it reports Unknown while none has told its policy.
+func (c *conn) lookup(snap *routing.Snapshot) (routing.Verdict, *routing.App) {
+	app := snap.App(c.app.ID)
+	if app == nil {
+		return routing.Deny, nil
+	}
+	for _, i := range app.Instances {
+		if i.Policy.Known {
+			return routing.Allow, app
+		}
+	}
+	return routing.Unknown, app
+}
+
+// recheck routes a held connection again.
+func (c *conn) recheck() {
+	if c.st != statePolicy {
+		return
+	}
+	snap := c.w.s.snap.Load()
+	label, _, _ := hostname.Split(c.name)
+	id := c.app.ID
+	if t, err := hostname.ParseLabel(label); err == nil && c.base != nil && snap.Instance(t.ID) != nil {
+		id = t.ID
+	}
+	c.cands = routing.Candidates{}
+	c.target(snap, c.buf, id)
+}
+
+func (c *conn) unhold() {
+	if _, ok := c.w.held[c]; ok {
+		delete(c.w.held, c)
+		c.w.s.held.Add(-1)
+	}
+}
+
+// admit counts the connection and starts TLS or the dial.
+func (c *conn) admit(hello []byte) {
+	c.unhold()
+	if c.app != nil {
+		if n := c.app.State.Active.Add(1); c.w.s.opt.MaxPerApp > 0 && n > c.w.s.opt.MaxPerApp {
+			c.app.State.Active.Add(-1)
+			c.close(ReasonAppLimit, fmt.Errorf("app %s has %d open connections, the limit of core.proxy.max_connections_per_app", c.app.ID, n-1))
+			return
+		}
+		c.counted = true
+	}
+	if c.mode == hostname.Passthrough {
+		c.dial(hello)
+		return
+	}
+	cfg := c.base.TLS
+	if c.mode == hostname.TerminateH2 {
+		cfg = c.base.TLSH2
+	}
+	if cfg == nil {
+		c.close(ReasonTLS, fmt.Errorf("no certificate for *.%s is loaded", c.base.Domain))
+		return
+	}
+	c.st = stateHandshake
+	c.hs = c.w.l.Now()
+	c.sess = terminate.Start(c.w.tls, cfg, &c.cli, net.TCPAddrFromAddrPort(c.peer), nil, hello)
+	c.dropBuf()
+	c.deadline = c.hs + int64(c.w.s.opt.Handshake)
+	if c.tm.Armed() {
+		c.armDeadline()
+	}
+	c.handshake()
+}
+
+func (c *conn) handshake() {
+	done, err := c.sess.Handshake(c.w.tls)
+	if !done {
+		if c.watch() && !c.tm.Armed() {
+			c.armDeadline()
+		}
+		return
+	}
+	if err != nil {
+		c.close(ReasonTLS, err)
+		return
+	}
+	c.w.stats.handshake.Observe(time.Duration(c.w.l.Now() - c.hs))
+	c.dial(nil)
+}
+
+// ---- dialling ----
+
+func (c *conn) dial(hello []byte) {
+	c.st = stateDial
+	c.dialFrom = c.w.l.Now()
+	c.deadline = c.dialFrom + int64(c.w.s.opt.Connect)
+	c.dialNext(hello)
+}
+
+// opening appends what goes to inst before any byte of the client.
+func (c *conn) opening(dst []byte, inst *routing.Instance) []byte {
+	if inst.Trusted {
+		return dst
+	}
+	if _, pp := inst.Policy.Check(c.port); !pp {
+		return dst
+	}
+	h := c.pp
+	if !c.inPP {
+		local, err := c.cli.Local()
+		if err != nil {
+			local = netip.AddrPort{}
+		}
+		h = proxyproto.New(c.peer, local)
+	}
+	return h.Append(dst)
+}
+
+// dialNext starts the next candidate. hello is what passthrough sends first; it may
+// stand in the scratch buffer, so it is stored as soon as the dial has to wait.
+func (c *conn) dialNext(hello []byte) {
+	w := c.w
+	for c.next < c.cands.Len() {
+		inst := c.cands.At(c.next)
+		a := &c.first
+		if c.next > 0 {
+			a = &attempt{}
+			c.more = append(c.more, a)
+		}
+		c.next++
+		*a = attempt{c: c, inst: inst, began: w.l.Now(), pending: true}
+		inst.State.Active.Add(1)
+		var err error
+		if a.sock, err = loop.Dial(netip.AddrPortFrom(inst.Addr, c.port)); err != nil {
+			c.failed(a, err)
+			continue
+		}
+		if c.mode == hostname.Passthrough && c.next == 1 && hello != nil {
+			// On a fast path the handshake is over when connect returns; then the hello
+			// can leave at once and the loop need not come back for it.
+			first := hello
+			if open := c.opening(nil, inst); len(open) > 0 {
+				first = append(open, hello...)
+			}
+			n, started, err := a.sock.TrySend(first)
+			if err != nil {
+				c.failed(a, err)
+				continue
+			}
+			if started {
+				if err := a.sock.Watch(w.l, a); err != nil {
+					c.close(ReasonInternal, err)
+					return
+				}
+				c.pair.Up.Total = uint64(n)
+				c.pair.Hold(w.relay, first[n:])
+				c.dropBuf()
+				c.sendPP = true // already out
+				c.win(a)
+				return
+			}
+		}
+		if hello != nil {
+			c.keep(hello)
+			hello = nil
+		}
+		if err := a.sock.Watch(w.l, a); err != nil {
+			c.close(ReasonInternal, err)
+			return
+		}
+		if !c.watch() {
+			return
+		}
+		c.armDial()
+		return
+	}
+	if c.st != stateDial {
+		return
+	}
+	for i := range c.more {
+		if c.more[i].pending {
+			c.armDial()
+			return
+		}
+	}
+	if c.first.pending {
+		c.armDial()
+		return
+	}
+	c.close(ReasonDial, fmt.Errorf("no instance of %d tried accepted a connection on port %d", c.next, c.port))
+}
+
+// armDial waits for the deadline, or for the head start of the next candidate.
+func (c *conn) armDial() {
+	now := c.w.l.Now()
+	at := c.deadline
+	if c.next < c.cands.Len() {
+		at = min(at, now+int64(c.w.s.opt.HeadStart))
+	}
+	c.w.l.Arm(&c.tm, time.Duration(at-now))
+}
+
+// Ready implements loop.Handler for the app's socket.
+func (a *attempt) Ready(ev loop.Event) {
+	a.sock.Note(ev)
+	c := a.c
+	if c.won == a {
+		if c.st == stateRelay {
+			c.relay()
+		}
+		return
+	}
+	if !a.pending || c.st != stateDial {
+		return
+	}
+	if ev&(loop.Out|loop.Hup) == 0 {
+		return
+	}
+	if err := a.sock.Err(); err != nil {
+		c.failed(a, err)
+		c.dialNext(nil)
+		return
+	}
+	if ev&loop.Out == 0 {
+		return
+	}
+	c.win(a)
+}
+
+// Abort implements loop.Aborter.
+func (a *attempt) Abort(err error) { a.c.close(ReasonInternal, err) }
+
+func (c *conn) failed(a *attempt, err error) {
+	a.pending = false
+	a.sock.Close(c.w.l)
+	a.inst.State.Active.Add(-1)
+	a.inst.State.FailedAt.Store(max(1, c.w.s.Mono()))
+	cause := dialOther
+	switch {
+	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.ECONNRESET):
+		cause = dialRefused
+	case errors.Is(err, syscall.ETIMEDOUT), errors.Is(err, os.ErrDeadlineExceeded):
+		cause = dialTimeout
+	case errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.ENETUNREACH):
+		cause = dialUnreachable
+	case errors.Is(err, syscall.EADDRNOTAVAIL):
+		cause = dialPorts
+	}
+	c.w.stats.dialFail[cause].Add(1)
+}
+
+// win ends the race: a carries the connection.
+func (c *conn) win(a *attempt) {
+	w := c.w
+	a.pending = false
+	c.won = a
+	if c.next > 1 {
+		c.dropAttempts(a)
+	}
+	if a.inst.State.FailedAt.Load() != 0 {
+		a.inst.State.FailedAt.Store(0)
+	}
+	now := w.l.Now()
+	w.stats.connect.Observe(time.Duration(now - c.dialFrom))
+	c.st = stateRelay
+	c.lastMove = now
+	c.pair.Started = now
+	if !c.sendPP {
+		open := c.opening(nil, a.inst)
+		if c.sess != nil {
+			c.sess.Hold(w.tls, open)
+		} else {
+			c.pair.Hold(w.relay, append(open, c.buf...))
+		}
+		c.dropBuf()
+	}
+	if !c.watch() {
+		return
+	}
+	c.armRelay()
+	c.relay()
+}
+
+func (c *conn) dropAttempts(keep *attempt) {
+	drop := func(a *attempt) {
+		if a != keep && a.pending {
+			a.pending = false
+			a.sock.Close(c.w.l)
+			a.inst.State.Active.Add(-1)
+		}
+	}
+	drop(&c.first)
+	for _, a := range c.more {
+		drop(a)
+	}
+}
+
+// ---- relaying ----
+
+func (c *conn) relay() {
+	var r relay.Result
+	var err error
+	w := c.w
+	if c.sess != nil {
+		before := c.sess.Down
+		r, err = c.sess.Step(w.tls, &c.cli, &c.won.sock)
+		if before == 0 && c.sess.Down > 0 {
+			w.stats.firstByte.Observe(time.Duration(w.l.Now() - c.start))
+		}
+	} else {
+		before := c.pair.Down.Total
+		r, err = c.pair.Step(w.relay, w.l.Now(), &c.cli, &c.won.sock)
+		if before == 0 && c.pair.Down.Total > 0 {
+			w.stats.firstByte.Observe(time.Duration(w.l.Now() - c.start))
+		}
+	}
+	if r.Moved > 0 {
+		c.lastMove = w.l.Now()
+	}
+	switch {
+	case err != nil:
+		reason := ReasonClientGone
+		if se, ok := err.(*relay.SideError); ok && se.Side == "app" {
+			reason = ReasonAppGone
+		}
+		c.close(reason, err)
+	case r.Done:
+		c.close(ReasonNormal, nil)
+	case r.Again:
+		w.l.Requeue(c)
+	}
+}
+
+// armRelay sets the timer to whatever limit comes first.
+func (c *conn) armRelay() {
+	now := c.w.l.Now()
+	o := &c.w.s.opt
+	var at int64 = 1<<63 - 1
+	if o.Idle > 0 {
+		at = c.lastMove + int64(o.Idle)
+	}
+	if o.Total > 0 {
+		at = min(at, c.start+int64(o.Total))
+	}
+	if at == 1<<63-1 {
+		c.w.l.Disarm(&c.tm)
+		return
+	}
+	c.w.l.Arm(&c.tm, time.Duration(at-now))
+}
+
+// Expired implements loop.TimerHandler.
+func (c *conn) Expired(*loop.Timer) {
+	now := c.w.l.Now()
+	o := &c.w.s.opt
+	switch c.st {
+	case stateHello:
+		if o.InboundPROXY && !c.inPP {
+			c.close(ReasonPPHeader, errors.New("timeout waiting for the PROXY header"))
+			return
+		}
+		c.close(ReasonTimeout, errors.New("timeout waiting for the ClientHello"))
+	case stateResolve:
+		c.close(ReasonDNS, fmt.Errorf("app address of %q: timeout", c.name))
+	case statePolicy:
+		c.close(ReasonPortPolicy, fmt.Errorf("%w: its policy is not known yet, the instance's agent did not answer in time", c.denied(0)))
+	case stateHandshake:
+		c.close(ReasonTimeout, errors.New("timeout in the TLS handshake"))
+	case stateDial:
+		if now >= c.deadline {
+			for _, a := range append([]*attempt{&c.first}, c.more...) {
+				if a.pending {
+					c.failed(a, syscall.ETIMEDOUT)
+				}
+			}
+			c.close(ReasonDial, fmt.Errorf("no instance of %d tried accepted a connection on port %d within %s", c.next, c.port, o.Connect))
+			return
+		}
+		// The head start is over: whoever is silent now is remembered as slow.
+		for _, a := range append([]*attempt{&c.first}, c.more...) {
+			if a.pending {
+				a.inst.State.FailedAt.Store(max(1, c.w.s.Mono()))
+			}
+		}
+		c.dialNext(nil)
+	case stateRelay:
+		if o.Total > 0 && now-c.start >= int64(o.Total) {
+			c.close(ReasonTotal, errors.New("total timeout"))
+			return
+		}
+		if o.Idle > 0 && now-c.lastMove >= int64(o.Idle) {
+			c.close(ReasonIdle, errors.New("idle timeout"))
+			return
+		}
+		c.armRelay()
+	}
+}
+
+func (c *conn) dropBuf() {
+	if c.buf != nil {
+		c.w.relay.PutChunk(c.buf)
+		c.buf = nil
+	}
+}
+
+// builtin hands the connection to the gateway's own services.
+func (c *conn) builtin(svc hostname.Service, hello []byte) {
+	w := c.w
+	replay := append([]byte(nil), hello...)
+	mode, base, peer := c.mode, c.base, c.peer
+	fd := c.cli.Detach(w.l)
+	c.close(ReasonNormal, nil)
+	w.s.bg.Go(func() {
+		nc, err := adopt(fd, replay, peer)
+		if err != nil {
+			w.s.log.Warn("cannot serve a built-in name", "error", err)
+			return
+		}
+		w.s.opt.Hooks.ServeBuiltin(svc, mode, base, nc)
+	})
+}
+
+// close ends the connection, whatever it is doing.
+func (c *conn) close(why Reason, detail error) {
+	if c.st == stateClosed {
+		return
+	}
+	w := c.w
+	relayed := c.st == stateRelay
+	c.st = stateClosed
+	w.l.Disarm(&c.tm)
+	c.unwait()
+	c.unhold()
+	rec := Record{ID: c.id, Peer: c.source(), Name: c.name, Port: c.port, Mode: c.mode, Routed: c.statMode != modeUnknown, Reason: why, Detail: detail,
+		Start: w.l.Time(c.start), Duration: time.Duration(w.l.Now() - c.start), Up: c.pair.Up.Total, Down: c.pair.Down.Total, Spliced: c.pair.Spliced}
+	if c.app != nil {
+		rec.App = c.app.ID
+		if c.counted {
+			c.app.State.Active.Add(-1)
+		}
+	}
+	c.dropAttempts(nil)
+	if c.sess != nil {
+		rec.Up, rec.Down = c.sess.Up, c.sess.Down
+		if relayed {
+			cs := c.sess.State()
+			rec.Resumed, rec.TLSVersion = cs.DidResume, cs.Version
+		}
+		c.sess.Release(w.tls)
+	}
+	if c.won != nil {
+		rec.Instance = c.won.inst.ID
+		c.won.inst.State.Active.Add(-1)
+		// A peer that was cut off must be able to tell that from a clean end.
+		if why == ReasonNormal {
+			c.won.sock.Close(w.l)
+		} else {
+			c.won.sock.Reset(w.l)
+		}
+	}
+	if relayed && why != ReasonNormal {
+		c.cli.Reset(w.l)
+	} else {
+		c.cli.Close(w.l)
+	}
+	c.pair.Release(w.relay)
+	c.dropBuf()
+	delete(w.conns, c)
+	w.stats.live.Add(-1)
+	w.stats.active[c.statMode].Add(-1)
+	w.stats.ended[c.statMode][why].Add(1)
+	w.s.opt.Hooks.Closed(&rec)
+}

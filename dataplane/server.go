@@ -1,0 +1,229 @@
+package dataplane
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/dstack-gw/dstack-gw/dataplane/loop"
+	"github.com/dstack-gw/dstack-gw/dataplane/relay"
+	"github.com/dstack-gw/dstack-gw/dataplane/routing"
+	"github.com/dstack-gw/dstack-gw/dataplane/terminate"
+)
+
+// Server is the data plane. Create it with New, start it with Start.
+type Server struct {
+	opt     Options
+	log     *slog.Logger
+	snap    atomic.Pointer[routing.Snapshot]
+	workers []*worker
+	epoch   time.Time // of the monotonic clock in routing.State.FailedAt
+	// halfOpen counts connections of all loops that have not sent a complete hello.
+	halfOpen atomic.Int64
+	ids      atomic.Uint64
+	held     atomic.Int64 // connections that wait for a port policy
+	bg       sync.WaitGroup
+	started  bool
+}
+
+type worker struct {
+	s      *Server
+	l      *loop.Loop
+	relay  *relay.Worker
+	tls    *terminate.Worker
+	accept []*loop.Acceptor
+	conns  map[*conn]struct{}
+	held   map[*conn]struct{}
+	// waiting counts connections without a complete hello by source.
+	waiting map[netip.Addr]int
+	name    [256]byte // scratch for the name of one hello
+	stats   workerStats
+}
+
+// New builds a server that does not listen yet. Options are taken as they are.
+func New(o Options) (*Server, error) {
+	if o.Workers < 1 {
+		o.Workers = 1
+	}
+	if o.BufferSize <= 0 {
+		o.BufferSize = 64 << 10
+	}
+	if o.Backlog <= 0 {
+		o.Backlog = 4096
+	}
+	if o.Hooks == nil || o.Logger == nil {
+		return nil, errors.New("dataplane: Hooks and Logger are required")
+	}
+	s := &Server{opt: o, log: o.Logger, epoch: time.Now()}
+	s.snap.Store(routing.Empty())
+	for range o.Workers {
+		l, err := loop.New(o.Logger)
+		if err != nil {
+			return nil, fmt.Errorf("start data plane worker: %w", err)
+		}
+		r := relay.NewWorker(o.BufferSize, o.Splice)
+		s.workers = append(s.workers, &worker{s: s, l: l, relay: r, tls: terminate.NewWorker(r),
+			conns: map[*conn]struct{}{}, held: map[*conn]struct{}{}, waiting: map[netip.Addr]int{}})
+	}
+	return s, nil
+}
+
+// Start binds every listener on every worker and begins to serve. Nothing is left
+// behind when it fails.
+func (s *Server) Start() error {
+	// A bind without SO_REUSEPORT finds a port that another process holds; with it
+	// two gateways would silently share the traffic.
+	for _, at := range s.opt.Listen {
+		if at.Port() == 0 {
+			return fmt.Errorf("listen on %s: port 0 is not a proxy port", at)
+		}
+		fd, err := loop.Listen(at, loop.ListenOptions{Backlog: 1})
+		if err != nil {
+			return fmt.Errorf("proxy: %w (is another process serving this port?)", err)
+		}
+		unix.Close(fd)
+	}
+	for _, w := range s.workers {
+		for _, at := range s.opt.Listen {
+			fd, err := loop.Listen(at, loop.ListenOptions{Backlog: s.opt.Backlog, ReusePort: true, DeferAccept: s.opt.DeferAccept, KeepAlive: 60 * time.Second})
+			if err != nil {
+				s.closeListeners()
+				return fmt.Errorf("proxy: %w", err)
+			}
+			a := &loop.Acceptor{Accepted: w.accepted, Shed: w.shed}
+			if err := a.Serve(w.l, fd); err != nil {
+				s.closeListeners()
+				return fmt.Errorf("proxy: watch listener %s: %w", at, err)
+			}
+			w.accept = append(w.accept, a)
+		}
+	}
+	for _, w := range s.workers {
+		s.bg.Go(w.l.Run)
+	}
+	s.started = true
+	return nil
+}
+
+func (s *Server) closeListeners() {
+	for _, w := range s.workers {
+		for _, a := range w.accept {
+			a.Close()
+		}
+		w.accept = nil
+	}
+}
+
+// StopAccepting closes the listeners; connections go on.
+func (s *Server) StopAccepting() {
+	for _, w := range s.workers {
+		done := make(chan struct{})
+		if w.l.Post(func() {
+			for _, a := range w.accept {
+				a.Close()
+			}
+			w.accept = nil
+			close(done)
+		}) == nil {
+			<-done
+		}
+	}
+}
+
+// Close ends every connection and stops the loops.
+func (s *Server) Close() {
+	if !s.started {
+		s.closeListeners()
+		return
+	}
+	s.StopAccepting()
+	for _, w := range s.workers {
+		_ = w.l.Post(func() {
+			for c := range w.conns {
+				c.close(ReasonShutdown, nil)
+			}
+			w.relay.Close()
+			w.tls.Close()
+		})
+		w.l.Stop()
+	}
+	s.bg.Wait()
+}
+
+// Snapshot returns what connections route by now.
+func (s *Server) Snapshot() *routing.Snapshot { return s.snap.Load() }
+
+// SetSnapshot makes n what new connections route by, and gives connections that wait
+// for a port policy another look.
+func (s *Server) SetSnapshot(n *routing.Snapshot) {
+	s.snap.Store(n)
+	if s.held.Load() == 0 {
+		return
+	}
+	for _, w := range s.workers {
+		_ = w.l.Post(func() {
+			for c := range w.held {
+				c.recheck()
+			}
+		})
+	}
+}
+
+// Mono is the clock of routing.State.FailedAt, in ns.
+func (s *Server) Mono() int64 { return int64(time.Since(s.epoch)) }
+
+// Connections is the number of open client connections, routed or not.
+func (s *Server) Connections() int64 {
+	var n int64
+	for _, w := range s.workers {
+		n += w.stats.live.Load()
+	}
+	return n
+}
+
+// SpliceEngaged counts connections that moved to splice(2).
+func (s *Server) SpliceEngaged() uint64 {
+	var n uint64
+	for _, w := range s.workers {
+		n += w.relay.SpliceEngaged.Load()
+	}
+	return n
+}
+
+func (w *worker) shed(err error) {
+	w.stats.shed.Add(1)
+	w.s.log.Warn("connection refused: out of descriptors or memory; raise RLIMIT_NOFILE or lower the load", "error", err)
+}
+
+// accepted runs on the loop that owns the listener.
+func (w *worker) accepted(fd int, peer netip.AddrPort) {
+	w.stats.accepted.Add(1)
+	to := w
+	if w.s.opt.Rebalance && len(w.s.workers) > 1 {
+		mine := w.stats.live.Load()
+		least := mine
+		for _, o := range w.s.workers {
+			if n := o.stats.live.Load(); n < least {
+				least, to = n, o
+			}
+		}
+		if mine < least+1+least/4 {
+			to = w
+		}
+	}
+	to.stats.live.Add(1)
+	if to != w {
+		if to.l.Post(func() { to.begin(fd, peer) }) == nil {
+			return
+		}
+		to.stats.live.Add(-1)
+		w.stats.live.Add(1)
+	}
+	w.begin(fd, peer)
+}
