@@ -11,6 +11,7 @@
 package guestpb
 
 import (
+	_ "github.com/dstack-gw/dstack-gw/api/prpc"
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
 	emptypb "google.golang.org/protobuf/types/known/emptypb"
@@ -505,7 +506,7 @@ var File_api_guest_guest_proto protoreflect.FileDescriptor
 
 const file_api_guest_guest_proto_rawDesc = "" +
 	"\n" +
-	"\x15api/guest/guest.proto\x12\fdstack_guest\x1a\x1bgoogle/protobuf/empty.proto\"\xc7\x02\n" +
+	"\x15api/guest/guest.proto\x12\fdstack_guest\x1a\x13api/prpc/prpc.proto\x1a\x1bgoogle/protobuf/empty.proto\"\xc7\x02\n" +
 	"\rGetTlsKeyArgs\x12\x18\n" +
 	"\asubject\x18\x01 \x01(\tR\asubject\x12\x1b\n" +
 	"\talt_names\x18\x02 \x03(\tR\baltNames\x12 \n" +
@@ -525,14 +526,14 @@ const file_api_guest_guest_proto_rawDesc = "" +
 	"\x11certificate_chain\x18\x02 \x03(\tR\x10certificateChain\"/\n" +
 	"\fRawQuoteArgs\x12\x1f\n" +
 	"\vreport_data\x18\x01 \x01(\fR\n" +
-	"reportData\"\xa5\x01\n" +
+	"reportData\"\xab\x01\n" +
 	"\x10GetQuoteResponse\x12\x14\n" +
 	"\x05quote\x18\x01 \x01(\fR\x05quote\x12\x1b\n" +
 	"\tevent_log\x18\x02 \x01(\tR\beventLog\x12\x1f\n" +
 	"\vreport_data\x18\x03 \x01(\fR\n" +
 	"reportData\x12\x1b\n" +
-	"\tvm_config\x18\x04 \x01(\tR\bvmConfig\x12 \n" +
-	"\vattestation\x18\x05 \x01(\fR\vattestation\"2\n" +
+	"\tvm_config\x18\x04 \x01(\tR\bvmConfig\x12&\n" +
+	"\vattestation\x18\x05 \x01(\fB\x04\xc8\xf3\x18\x01R\vattestation\"2\n" +
 	"\x0eAttestResponse\x12 \n" +
 	"\vattestation\x18\x01 \x01(\fR\vattestation\"\xbe\x03\n" +
 	"\aAppInfo\x12\x15\n" +
