@@ -1,11 +1,13 @@
 #!/bin/sh
-# Regenerates the Go code of every .proto below this directory.
+# Regenerates the Go code of every .proto below this directory, in place or,
+# with an argument, below that directory.
 # Needs protoc (Debian: protobuf-compiler). The Go plugin is built from the
 # module's own google.golang.org/protobuf, so code and runtime always match.
 set -eu
 
 api=$(cd "$(dirname "$0")" && pwd)
 root=$(dirname "$api")
+out=$(cd "${1:-$root}" && pwd)
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
 
@@ -21,5 +23,5 @@ go build -o "$tmp/protoc-gen-go" google.golang.org/protobuf/cmd/protoc-gen-go
 # which the descriptor is registered in the process and must be unique there.
 find api -name '*.proto' | sort | while read -r file; do
 	protoc -I . --plugin=protoc-gen-go="$tmp/protoc-gen-go" \
-		--go_out=. --go_opt=paths=source_relative "$file"
+		--go_out="$out" --go_opt=paths=source_relative "$file"
 done
