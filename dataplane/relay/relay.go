@@ -47,6 +47,9 @@ type SideError struct {
 	Err  error
 }
 
+// sides names the source of each direction.
+var sides = [2]string{ToApp: "client", ToClient: "app"}
+
 func (e *SideError) Error() string { return fmt.Sprintf("%s: %v", e.Side, e.Err) }
 func (e *SideError) Unwrap() error { return e.Err }
 
@@ -63,10 +66,10 @@ func (p *Pair) Hold(w *Worker, b []byte) {
 // Step moves what can be moved now. now is the loop time in ns.
 func (p *Pair) Step(w *Worker, now int64, client, app *loop.Sock) (Result, error) {
 	var r Result
-	if err := p.flow(w, now, &p.Up, client, app, &r, "client", "app"); err != nil {
+	if err := p.flow(w, now, &p.Up, client, app, &r, ToApp); err != nil {
 		return r, err
 	}
-	if err := p.flow(w, now, &p.Down, app, client, &r, "app", "client"); err != nil {
+	if err := p.flow(w, now, &p.Down, app, client, &r, ToClient); err != nil {
 		return r, err
 	}
 	r.Done = p.Up.shut && p.Down.shut
@@ -95,31 +98,31 @@ func (p *Pair) wantSplice(w *Worker, now int64, f *Flow) bool {
 		g.AfterDuration != 0 && now-p.Started >= g.AfterDuration
 }
 
-func (p *Pair) flow(w *Worker, now int64, f *Flow, src, dst *loop.Sock, r *Result, srcName, dstName string) error {
+func (p *Pair) flow(w *Worker, now int64, f *Flow, src, dst *loop.Sock, r *Result, dir int) error {
 	budget := turnBudget
 	for {
 		// What is held goes first.
 		if f.inPipe > 0 {
 			n, err := dst.SpliceFrom(f.pipe.r, f.inPipe)
 			if err != nil {
-				return &SideError{dstName, err}
+				return &SideError{sides[1-dir], err}
 			}
 			if n == 0 {
 				return nil
 			}
 			f.inPipe -= n
 			f.sent(n, r)
-			w.Spliced.Add(uint64(n))
+			w.Spliced[dir].Add(uint64(n))
 			budget -= n
 			continue
 		}
 		if len(f.held) > 0 {
 			n, err := dst.Send(f.held)
 			if err != nil {
-				return &SideError{dstName, err}
+				return &SideError{sides[1-dir], err}
 			}
 			f.sent(n, r)
-			w.Copied.Add(uint64(n))
+			w.Copied[dir].Add(uint64(n))
 			f.held = f.held[n:]
 			if len(f.held) > 0 {
 				return nil
@@ -163,7 +166,7 @@ func (p *Pair) flow(w *Worker, now int64, f *Flow, src, dst *loop.Sock, r *Resul
 					continue
 				}
 				if err = f.readEnd(err); err != nil {
-					return &SideError{srcName, err}
+					return &SideError{sides[dir], err}
 				}
 				continue
 			}
@@ -172,7 +175,7 @@ func (p *Pair) flow(w *Worker, now int64, f *Flow, src, dst *loop.Sock, r *Resul
 		n, err := src.Recv(w.Scratch)
 		if err != nil {
 			if err = f.readEnd(err); err != nil {
-				return &SideError{srcName, err}
+				return &SideError{sides[dir], err}
 			}
 			continue
 		}
@@ -184,10 +187,10 @@ func (p *Pair) flow(w *Worker, now int64, f *Flow, src, dst *loop.Sock, r *Resul
 		}
 		m, err := dst.Send(w.Scratch[:n])
 		if err != nil {
-			return &SideError{dstName, err}
+			return &SideError{sides[1-dir], err}
 		}
 		f.sent(m, r)
-		w.Copied.Add(uint64(m))
+		w.Copied[dir].Add(uint64(m))
 		budget -= m
 		if m < n {
 			f.chunk = w.Chunk(w.Scratch[m:n])

@@ -24,9 +24,11 @@ type Worker struct {
 	// Scratch is the copy buffer; its length is core.proxy.buffer_size.
 	Scratch []byte
 
-	// Copied and Spliced count bytes moved by either way; SpliceEngaged counts
-	// connections that moved to splice at least once. Read from anywhere.
-	Copied, Spliced, SpliceEngaged atomic.Uint64
+	// Copied and Spliced count bytes moved by either way, indexed by direction
+	// (ToApp, ToClient); SpliceEngaged counts connections that moved to splice at
+	// least once. Read from anywhere.
+	Copied, Spliced [2]atomic.Uint64
+	SpliceEngaged   atomic.Uint64
 	// NoPipe counts the times that a pipe was wanted and the system gave none.
 	NoPipe atomic.Uint64
 
@@ -34,6 +36,12 @@ type Worker struct {
 	chunks [][]byte
 	pipes  []*pipe
 }
+
+// Directions of the byte counters.
+const (
+	ToApp    = 0
+	ToClient = 1
+)
 
 const (
 	pipeSize   = 1 << 20
