@@ -1,0 +1,5 @@
+package wireguard
+
+const guestEnv = "WIREGUARD_TEST_GUEST"
+
+func runGuest() {}
