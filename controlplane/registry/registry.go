@@ -53,6 +53,7 @@ type Registry struct {
 	apps    map[string][]*Instance // active ones of an app by id
 	pool    *pool
 	subs    map[chan struct{}]struct{}
+	feeds   map[*Feed]struct{}
 }
 
 type shadow struct {
@@ -85,6 +86,9 @@ func (r *Registry) resetActive() {
 	r.byIP = make(map[netip.Addr]*Instance)
 	r.apps = make(map[string][]*Instance)
 	r.order = nil
+	for f := range r.feeds {
+		f.all = true
+	}
 }
 
 // Request is one registration, after the caller was identified (gateway spec 3.2 steps 1-6 are the caller's).
@@ -229,6 +233,7 @@ func (r *Registry) drop(id string) (*Instance, bool) {
 		return nil, false
 	}
 	if routable {
+		r.touch(id)
 		delete(r.active, id)
 		delete(r.byKey, i.PublicKey)
 		delete(r.byIP, i.IP)
@@ -247,6 +252,7 @@ func (r *Registry) drop(id string) (*Instance, bool) {
 
 // activate indexes i; its address is claimed already. An active record of the same id, app, key and address is replaced.
 func (r *Registry) activate(i *Instance) {
+	r.touch(i.ID)
 	r.active[i.ID] = i
 	r.byKey[i.PublicKey] = i
 	r.byIP[i.IP] = i
