@@ -190,8 +190,9 @@ func TestCaptures(t *testing.T) {
 			case c.name != "" && !strings.EqualFold(string(c.wire[at-len(c.name):at]), c.name):
 				t.Errorf("found the name only after %d bytes", at)
 			}
-			for _, size := range []int{1, 2, 5, 64, 500} {
-				if wire := records(message(c.wire), size); len(wire) < clienthello.MaxSize {
+			for _, size := range []int{1, 5, 64, 500} {
+				// check takes quadratic time.
+				if wire := records(message(c.wire), size); len(wire) < 4096 {
 					check(t, wire, c.name, wantErr)
 				}
 			}
