@@ -502,6 +502,54 @@ func (x *AppInfo) GetCloudProduct() string {
 	return ""
 }
 
+// PublicTcbInfo is what the gateway needs of Worker's AppInfo, and all that it
+// looks at: guests of every release answer there.
+type PublicTcbInfo struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in AppInfo, but with presence: empty means that the app hides it, absent
+	// that something else than a guest agent answered.
+	TcbInfo       *string `protobuf:"bytes,4,opt,name=tcb_info,json=tcbInfo,proto3,oneof" json:"tcb_info,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PublicTcbInfo) Reset() {
+	*x = PublicTcbInfo{}
+	mi := &file_api_guest_guest_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PublicTcbInfo) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PublicTcbInfo) ProtoMessage() {}
+
+func (x *PublicTcbInfo) ProtoReflect() protoreflect.Message {
+	mi := &file_api_guest_guest_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PublicTcbInfo.ProtoReflect.Descriptor instead.
+func (*PublicTcbInfo) Descriptor() ([]byte, []int) {
+	return file_api_guest_guest_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *PublicTcbInfo) GetTcbInfo() string {
+	if x != nil && x.TcbInfo != nil {
+		return *x.TcbInfo
+	}
+	return ""
+}
+
 var File_api_guest_guest_proto protoreflect.FileDescriptor
 
 const file_api_guest_guest_proto_rawDesc = "" +
@@ -551,7 +599,10 @@ const file_api_guest_guest_proto_rawDesc = "" +
 	"\fcompose_hash\x18\r \x01(\fR\vcomposeHash\x12\x1b\n" +
 	"\tvm_config\x18\x0e \x01(\tR\bvmConfig\x12!\n" +
 	"\fcloud_vendor\x18\x0f \x01(\tR\vcloudVendor\x12#\n" +
-	"\rcloud_product\x18\x10 \x01(\tR\fcloudProductJ\x04\b\x06\x10\aJ\x04\b\a\x10\bJ\x04\b\v\x10\f2\x9b\x02\n" +
+	"\rcloud_product\x18\x10 \x01(\tR\fcloudProductJ\x04\b\x06\x10\aJ\x04\b\a\x10\bJ\x04\b\v\x10\f\"<\n" +
+	"\rPublicTcbInfo\x12\x1e\n" +
+	"\btcb_info\x18\x04 \x01(\tH\x00R\atcbInfo\x88\x01\x01B\v\n" +
+	"\t_tcb_info2\x9b\x02\n" +
 	"\vDstackGuest\x12I\n" +
 	"\tGetTlsKey\x12\x1b.dstack_guest.GetTlsKeyArgs\x1a\x1f.dstack_guest.GetTlsKeyResponse\x12F\n" +
 	"\bGetQuote\x12\x1a.dstack_guest.RawQuoteArgs\x1a\x1e.dstack_guest.GetQuoteResponse\x12B\n" +
@@ -572,7 +623,7 @@ func file_api_guest_guest_proto_rawDescGZIP() []byte {
 	return file_api_guest_guest_proto_rawDescData
 }
 
-var file_api_guest_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
+var file_api_guest_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
 var file_api_guest_guest_proto_goTypes = []any{
 	(*GetTlsKeyArgs)(nil),     // 0: dstack_guest.GetTlsKeyArgs
 	(*GetTlsKeyResponse)(nil), // 1: dstack_guest.GetTlsKeyResponse
@@ -580,14 +631,15 @@ var file_api_guest_guest_proto_goTypes = []any{
 	(*GetQuoteResponse)(nil),  // 3: dstack_guest.GetQuoteResponse
 	(*AttestResponse)(nil),    // 4: dstack_guest.AttestResponse
 	(*AppInfo)(nil),           // 5: dstack_guest.AppInfo
-	(*emptypb.Empty)(nil),     // 6: google.protobuf.Empty
+	(*PublicTcbInfo)(nil),     // 6: dstack_guest.PublicTcbInfo
+	(*emptypb.Empty)(nil),     // 7: google.protobuf.Empty
 }
 var file_api_guest_guest_proto_depIdxs = []int32{
 	0, // 0: dstack_guest.DstackGuest.GetTlsKey:input_type -> dstack_guest.GetTlsKeyArgs
 	2, // 1: dstack_guest.DstackGuest.GetQuote:input_type -> dstack_guest.RawQuoteArgs
 	2, // 2: dstack_guest.DstackGuest.Attest:input_type -> dstack_guest.RawQuoteArgs
-	6, // 3: dstack_guest.DstackGuest.Info:input_type -> google.protobuf.Empty
-	6, // 4: dstack_guest.Worker.Info:input_type -> google.protobuf.Empty
+	7, // 3: dstack_guest.DstackGuest.Info:input_type -> google.protobuf.Empty
+	7, // 4: dstack_guest.Worker.Info:input_type -> google.protobuf.Empty
 	1, // 5: dstack_guest.DstackGuest.GetTlsKey:output_type -> dstack_guest.GetTlsKeyResponse
 	3, // 6: dstack_guest.DstackGuest.GetQuote:output_type -> dstack_guest.GetQuoteResponse
 	4, // 7: dstack_guest.DstackGuest.Attest:output_type -> dstack_guest.AttestResponse
@@ -606,13 +658,14 @@ func file_api_guest_guest_proto_init() {
 		return
 	}
 	file_api_guest_guest_proto_msgTypes[0].OneofWrappers = []any{}
+	file_api_guest_guest_proto_msgTypes[6].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_guest_guest_proto_rawDesc), len(file_api_guest_guest_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   6,
+			NumMessages:   7,
 			NumExtensions: 0,
 			NumServices:   2,
 		},
