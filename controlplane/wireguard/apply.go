@@ -303,18 +303,25 @@ func (d *Device) flush() error {
 // Removals come first, so that an address is free before it is given away.
 func (d *Device) difference(b *batch) change {
 	var removals, upserts []peerChange
+	heard := d.table.Load().Peers
 	for k := range b.keys {
 		have, held := d.have[k]
 		ip, wanted := d.want.want(k)
-		switch {
-		case wanted && (!held || have.ip != ip):
-			pc := peerChange{key: k, ip: ip}
-			if !held {
-				pc.endpoint = d.endpointFor(k)
+		if !wanted {
+			if held {
+				removals = append(removals, peerChange{key: k, remove: true})
 			}
+			continue
+		}
+		pc := peerChange{key: k, ip: ip, keepalive: have.keepalive}
+		if held {
+			pc.keepalive = pc.keepalive || heard[k].Endpoint.IsValid()
+		} else {
+			pc.endpoint = d.endpointFor(k)
+			pc.keepalive = pc.endpoint.IsValid()
+		}
+		if !held || have.ip != ip || have.keepalive != pc.keepalive {
 			upserts = append(upserts, pc)
-		case !wanted && held:
-			removals = append(removals, peerChange{key: k, remove: true})
 		}
 	}
 	return change{peers: append(removals, upserts...)}
@@ -335,7 +342,7 @@ func (d *Device) recordApplied(c change, gen uint64) {
 		if _, held := d.have[p.key]; !held {
 			d.addYoung(p.key, now)
 		}
-		d.have[p.key] = applied{ip: p.ip, gen: gen}
+		d.have[p.key] = applied{ip: p.ip, keepalive: p.keepalive, gen: gen}
 	}
 }
 
@@ -367,20 +374,20 @@ func (d *Device) applyAll(be backend, gen uint64) error {
 			c.peers = append(c.peers, peerChange{key: p.key, remove: true})
 		}
 	}
+	now := time.Now()
+	have := make(map[wgtypes.Key]applied, len(want))
 	var add []peerChange
 	for k, ip := range want {
+		found, held := onDevice[k]
 		pc := peerChange{key: k, ip: ip}
-		if have, ok := onDevice[k]; ok {
-			if have.holds(ip) && (have.endpoint.IsValid() || !d.endpointFor(k).IsValid()) {
-				continue
-			}
-			if !have.endpoint.IsValid() {
-				pc.endpoint = d.endpointFor(k)
-			}
-		} else {
+		if !held || !found.endpoint.IsValid() {
 			pc.endpoint = d.endpointFor(k)
 		}
-		add = append(add, pc)
+		pc.keepalive = pc.endpoint.IsValid() || held && (found.endpoint.IsValid() || found.keepalive == keepalive)
+		have[k] = applied{ip: ip, keepalive: pc.keepalive, gen: gen}
+		if !held || !found.holds(ip) || pc.endpoint.IsValid() {
+			add = append(add, pc)
+		}
 	}
 	// Instances that were last heard of come first: theirs are the tunnels
 	// somebody waits for.
@@ -396,12 +403,9 @@ func (d *Device) applyAll(be backend, gen uint64) error {
 		}
 	}
 
-	now := time.Now()
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	have := make(map[wgtypes.Key]applied, len(want))
-	for k, ip := range want {
-		have[k] = applied{ip: ip, gen: gen}
+	for k := range want {
 		if _, ok := onDevice[k]; !ok {
 			d.addYoung(k, now)
 		}

@@ -251,6 +251,46 @@ func TestChangesOfKeyAndAddress(t *testing.T) {
 	})
 }
 
+// Keepalives start when a peer calls in, or with the endpoint it is given back,
+// and survive what else happens to it.
+func TestKeepaliveWaitsForTheEndpoint(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dev := newFakeDevice()
+		opt := testOptions()
+		ep := netip.MustParseAddrPort("192.0.2.1:1")
+		opt.Endpoints = &memStore{m: map[wgtypes.Key]EndpointRec{testKey(2): {ep, time.Now()}, testKey(3): {ep, time.Now()}}}
+		d := openFake(t, opt, dev, &fakeLinks{})
+		check := func(n int, want time.Duration) {
+			t.Helper()
+			if got := dev.peer(testKey(n)).keepalive; got != want {
+				t.Errorf("peer %d has keepalive %v, want %v", n, got, want)
+			}
+		}
+		if err := d.Sync(t.Context(), testPeers(1, 3)); err != nil {
+			t.Fatal(err)
+		}
+		if err := d.Apply(t.Context(), testPeer(3)); err != nil {
+			t.Fatal(err)
+		}
+		check(1, 0)
+		check(2, keepalive)
+		check(3, keepalive)
+		dev.edit(testKey(1), func(p *devPeer) { p.handshake, p.endpoint = time.Now(), ep })
+		settle()
+		check(1, keepalive)
+		p := testPeer(1)
+		p.IP = testIP(99)
+		if err := d.Apply(t.Context(), p); err != nil {
+			t.Fatal(err)
+		}
+		check(1, keepalive)
+		time.Sleep(time.Minute)
+		if m := d.met.repaired; counterValue(t, m) != 0 {
+			t.Error("starting keepalives was taken for somebody else's change")
+		}
+	})
+}
+
 func TestFailureIsRetriedFromADump(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dev := newFakeDevice()
@@ -400,13 +440,13 @@ func TestDriftIsRepaired(t *testing.T) {
 				if err := d.Sync(t.Context(), testPeers(1, 4)); err != nil {
 					t.Fatal(err)
 				}
+				dev.edit(testKey(1), func(p *devPeer) { p.handshake, p.endpoint = time.Now(), netip.MustParseAddrPort("192.0.2.1:1") })
+				time.Sleep(11 * time.Second)
 				dev.set(func() { tc.edit(dev) })
 				time.Sleep(11 * time.Second)
 				wantHolds(t, dev, testPeers(1, 4)...)
-				for k, p := range dev.peers {
-					if p.keepalive != keepalive {
-						t.Errorf("peer %v has keepalive %v", k, p.keepalive)
-					}
+				if p := dev.peer(testKey(1)); p.endpoint.IsValid() && p.keepalive != keepalive {
+					t.Errorf("a live peer has keepalive %v", p.keepalive)
 				}
 				if dev.own.privateKey != testPrivate || dev.own.listenPort != 51820 {
 					t.Error("key or port was not restored")

@@ -42,10 +42,11 @@ type devPeer struct {
 	nAllowed  int
 }
 
-// holds reports whether the peer is exactly as this package configures it.
+// holds reports whether the peer is as this package configures it: one address,
+// and keepalives from the moment its own address is known.
 func (p *devPeer) holds(ip netip.Addr) bool {
-	return p.nAllowed == 1 && p.keepalive == keepalive &&
-		p.allowed.Addr() == ip && p.allowed.Bits() == ip.BitLen()
+	return p.nAllowed == 1 && p.allowed.Addr() == ip && p.allowed.Bits() == ip.BitLen() &&
+		(p.keepalive == keepalive || p.keepalive == 0 && !p.endpoint.IsValid())
 }
 
 // change is one reconfiguration: interface settings, then peers in order.
@@ -62,8 +63,9 @@ func (c *change) empty() bool {
 // peerChange removes a peer, or creates it if need be and makes ip its only
 // allowed address.
 type peerChange struct {
-	key      wgtypes.Key
-	remove   bool
-	ip       netip.Addr
-	endpoint netip.AddrPort // set if valid
+	key       wgtypes.Key
+	remove    bool
+	ip        netip.Addr
+	keepalive bool           // switch keepalives on; they are never switched off
+	endpoint  netip.AddrPort // set if valid
 }

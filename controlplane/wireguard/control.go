@@ -136,12 +136,14 @@ func peerConfig(p peerChange) wgtypes.PeerConfig {
 	if p.remove {
 		return wgtypes.PeerConfig{PublicKey: p.key, Remove: true}
 	}
-	interval := keepalive
 	cfg := wgtypes.PeerConfig{
-		PublicKey:                   p.key,
-		ReplaceAllowedIPs:           true,
-		AllowedIPs:                  []net.IPNet{ipNet(netip.PrefixFrom(p.ip, p.ip.BitLen()))},
-		PersistentKeepaliveInterval: &interval,
+		PublicKey:         p.key,
+		ReplaceAllowedIPs: true,
+		AllowedIPs:        []net.IPNet{ipNet(netip.PrefixFrom(p.ip, p.ip.BitLen()))},
+	}
+	if p.keepalive {
+		interval := keepalive
+		cfg.PersistentKeepaliveInterval = &interval
 	}
 	if p.endpoint.IsValid() {
 		cfg.Endpoint = net.UDPAddrFromAddrPort(p.endpoint)

@@ -163,8 +163,9 @@ type Device struct {
 
 // applied is one peer the device holds.
 type applied struct {
-	ip  netip.Addr
-	gen uint64
+	ip        netip.Addr
+	keepalive bool
+	gen       uint64
 }
 
 // system is what Open uses of the machine; tests replace it.
@@ -363,7 +364,7 @@ func (d *Device) createUserspace() (backend, error) {
 	if err != nil {
 		return nil, err
 	}
-	u := newUserspace(t, conn.NewDefaultBind(), d.opt.Interface, socketPath(d.opt.SocketDir, d.opt.Interface), d.log)
+	u := newUserspace(t, conn.NewDefaultBind(), socketPath(d.opt.SocketDir, d.opt.Interface), d.log)
 	err = u.apply(d.ownConfig())
 	if err == nil {
 		err = u.up()

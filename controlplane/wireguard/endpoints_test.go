@@ -143,7 +143,7 @@ func TestEndpointsSurviveARestart(t *testing.T) {
 			t.Fatal(err)
 		}
 		for n, want := range map[int]netip.AddrPort{1: ep(1), 2: ep(2), 3: {}, 4: ep(4), 5: {}} {
-			if got := second.peers[testKey(n)].endpoint; got != want {
+			if got := second.peer(testKey(n)).endpoint; got != want {
 				t.Errorf("peer %d got endpoint %v, want %v", n, got, want)
 			}
 		}
@@ -164,7 +164,7 @@ func TestEndpointsSurviveARestart(t *testing.T) {
 		if err := d3.Apply(t.Context(), testPeer(2)); err != nil {
 			t.Fatal(err)
 		}
-		if got := third.peers[testKey(2)].endpoint; got != ep(2) {
+		if got := third.peer(testKey(2)).endpoint; got != ep(2) {
 			t.Errorf("endpoint %v, want %v", got, ep(2))
 		}
 
@@ -176,10 +176,10 @@ func TestEndpointsSurviveARestart(t *testing.T) {
 		if err := d4.Sync(t.Context(), testPeers(1, 3)); err != nil {
 			t.Fatal(err)
 		}
-		if got := fourth.peers[testKey(1)].endpoint; got != ep(1) {
+		if got := fourth.peer(testKey(1)).endpoint; got != ep(1) {
 			t.Errorf("endpoint %v, want %v", got, ep(1))
 		}
-		if got := fourth.peers[testKey(2)].endpoint; got != ep(200) {
+		if got := fourth.peer(testKey(2)).endpoint; got != ep(200) {
 			t.Errorf("a current endpoint was overwritten with %v", got)
 		}
 	})

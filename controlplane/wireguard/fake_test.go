@@ -99,7 +99,10 @@ func (f *fakeDevice) put(pc peerChange) {
 		}
 	}
 	p := f.peers[pc.key]
-	p.key, p.allowed, p.nAllowed, p.keepalive = pc.key, prefix, 1, keepalive
+	p.key, p.allowed, p.nAllowed = pc.key, prefix, 1
+	if pc.keepalive {
+		p.keepalive = keepalive
+	}
 	if pc.endpoint.IsValid() {
 		p.endpoint = pc.endpoint
 	}
@@ -116,6 +119,12 @@ func (f *fakeDevice) edit(k wgtypes.Key, fn func(*devPeer)) {
 	p.key = k
 	fn(&p)
 	f.peers[k] = p
+}
+
+func (f *fakeDevice) peer(k wgtypes.Key) devPeer {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.peers[k]
 }
 
 func (f *fakeDevice) set(fn func()) {

@@ -148,6 +148,7 @@ func (d *Device) read() (*Table, error) {
 		}
 	}
 	d.noteEndpoints(t)
+	d.startKeepalives(st)
 	drifted := d.drift(st, gen)
 	d.mu.Unlock()
 	if drifted != "" {
@@ -156,6 +157,19 @@ func (d *Device) read() (*Table, error) {
 		d.repair()
 	}
 	return t, nil
+}
+
+// startKeepalives asks for keepalives to peers that called in, with mu held.
+func (d *Device) startKeepalives(st *devState) {
+	if d.reconcile {
+		return // which sees to it
+	}
+	for i := range st.peers {
+		p := &st.peers[i]
+		if have, ok := d.have[p.key]; ok && !have.keepalive && p.endpoint.IsValid() {
+			d.touch(p.key)
+		}
+	}
 }
 
 // newTable turns a dump into the table that follows the current one, and

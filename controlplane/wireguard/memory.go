@@ -21,7 +21,7 @@ func (m *memory) dump() (*devState, error) {
 	defer m.mu.Unlock()
 	st := m.own
 	for k, ip := range m.peers {
-		st.peers = append(st.peers, devPeer{key: k, keepalive: keepalive, allowed: netip.PrefixFrom(ip, ip.BitLen()), nAllowed: 1})
+		st.peers = append(st.peers, devPeer{key: k, allowed: netip.PrefixFrom(ip, ip.BitLen()), nAllowed: 1})
 	}
 	return &st, nil
 }

@@ -11,9 +11,13 @@ import (
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 )
 
-// keepalive is sent to every peer (gateway spec 6.3). Guests use the same
-// value, so a tunnel in use re-handshakes about every two minutes and its NAT
-// mapping stays open from both ends.
+// keepalive is sent to every peer whose address is known (gateway spec 6.3).
+// Guests use the same value, so a tunnel in use re-handshakes about every two
+// minutes and its NAT mapping stays open from both ends.
+//
+// A peer that has not called in yet gets none: WireGuard would compute a
+// handshake for it every 5 s and find nowhere to send it. With 10,000 such
+// peers that took two thirds of the CPU of a userspace device, and 64 KiB each.
 const keepalive = 25 * time.Second
 
 // maxIDLen bounds an instance id (gateway spec 6.3).

@@ -39,8 +39,10 @@ func encodeUAPI(c change) []byte {
 			b = append(b, "\nendpoint="...)
 			b = p.endpoint.AppendTo(b)
 		}
-		b = append(b, "\npersistent_keepalive_interval="...)
-		b = strconv.AppendInt(b, int64(keepalive/time.Second), 10)
+		if p.keepalive {
+			b = append(b, "\npersistent_keepalive_interval="...)
+			b = strconv.AppendInt(b, int64(keepalive/time.Second), 10)
+		}
 		b = append(b, '\n')
 	}
 	return b

@@ -18,12 +18,12 @@ func TestEncodeUAPI(t *testing.T) {
 		peers: []peerChange{
 			{key: key1, remove: true},
 			{key: key2, ip: netip.MustParseAddr("10.0.0.2")},
-			{key: key3, ip: netip.MustParseAddr("10.0.0.3"), endpoint: netip.MustParseAddrPort("[2001:db8::1]:9182")},
+			{key: key3, ip: netip.MustParseAddr("10.0.0.3"), endpoint: netip.MustParseAddrPort("[2001:db8::1]:9182"), keepalive: true},
 		},
 	}))
 	want := "private_key=4007" + strings.Repeat("00", 29) + "41\nlisten_port=51820\n" +
 		"public_key=" + hex("01") + "\nremove=true\n" +
-		"public_key=" + hex("02") + "\nreplace_allowed_ips=true\nallowed_ip=10.0.0.2/32\npersistent_keepalive_interval=25\n" +
+		"public_key=" + hex("02") + "\nreplace_allowed_ips=true\nallowed_ip=10.0.0.2/32\n" +
 		"public_key=" + hex("03") + "\nreplace_allowed_ips=true\nallowed_ip=10.0.0.3/32\nendpoint=[2001:db8::1]:9182\npersistent_keepalive_interval=25\n"
 	if got != want {
 		t.Errorf("got\n%s\nwant\n%s", got, want)

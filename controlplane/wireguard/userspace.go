@@ -21,6 +21,9 @@ import (
 // when somebody deletes its interface.
 var errStopped = errors.New("the userspace WireGuard device has stopped")
 
+// uapiChunk is the number of peers in one request to the device.
+const uapiChunk = 256
+
 // userspace is the backend for WireGuard inside this process.
 type userspace struct {
 	dev    *device.Device
@@ -30,8 +33,8 @@ type userspace struct {
 // newUserspace runs WireGuard on t, which it owns from now on, even on failure.
 // socketPath is where wg(8) finds the device, empty for nowhere; a socket that
 // cannot be opened is logged, nothing more.
-func newUserspace(t tun.Device, bind conn.Bind, name, socketPath string, log *slog.Logger) *userspace {
-	u := &userspace{dev: device.NewDevice(t, bind, deviceLogger(log, name))}
+func newUserspace(t tun.Device, bind conn.Bind, socketPath string, log *slog.Logger) *userspace {
+	u := &userspace{dev: device.NewDevice(t, bind, deviceLogger(log))}
 	if socketPath != "" {
 		s, err := listenUAPI(socketPath, u.dev.IpcHandle)
 		if err != nil {
@@ -58,10 +61,19 @@ func (u *userspace) apply(c change) error {
 	if u.stopped() {
 		return errStopped
 	}
-	if err := u.dev.IpcSetOperation(bytes.NewReader(encodeUAPI(c))); err != nil {
-		return fmt.Errorf("configure the userspace WireGuard device: %w", explainBind(err, c))
+	// In pieces, because a request keeps readers out, and every new peer costs
+	// a scalar multiplication.
+	for {
+		piece := c
+		piece.peers = c.peers[:min(len(c.peers), uapiChunk)]
+		if err := u.dev.IpcSetOperation(bytes.NewReader(encodeUAPI(piece))); err != nil {
+			return fmt.Errorf("configure the userspace WireGuard device: %w", explainBind(err, c))
+		}
+		c = change{peers: c.peers[len(piece.peers):]}
+		if c.empty() {
+			return nil
+		}
 	}
-	return nil
 }
 
 // up opens the UDP port. Without it the device would do so when the interface
@@ -118,8 +130,7 @@ func socketPath(dir, name string) string { return filepath.Join(dir, name+".sock
 // deviceLogger passes the library's messages on. It reports one line for every
 // failed handshake of every unreachable peer, hence the limit, and "no known
 // endpoint" is the normal state of an instance that has not called in yet.
-func deviceLogger(log *slog.Logger, name string) *device.Logger {
-	log = log.With(slog.String("interface", name))
+func deviceLogger(log *slog.Logger) *device.Logger {
 	l := &device.Logger{Verbosef: device.DiscardLogf}
 	if log.Enabled(context.Background(), slog.LevelDebug) {
 		l.Verbosef = func(format string, args ...any) { log.Debug(fmt.Sprintf(format, args...)) }
