@@ -41,8 +41,9 @@ func (w *wheel) add(t *Timer, now int64) {
 	if tick < w.tick {
 		tick = w.tick
 	}
-	if tick-w.tick >= wheelSize {
-		tick = w.tick + wheelSize - 1
+	if tick-w.tick >= wheelSize-1 {
+		// Not the very last slot: for a timer parked again from within advance that is the one being emptied.
+		tick = w.tick + wheelSize - 2
 	}
 	s := int32(tick & wheelMask)
 	t.slot, t.armed, t.prev = s, true, nil
