@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"os"
 	"time"
 
@@ -35,7 +36,8 @@ func Main(ctx context.Context, command string, in io.Reader, out io.Writer) erro
 	enc := json.NewEncoder(out)
 	switch command {
 	case BackendCommand:
-		srv, err := backend.Start(backend.On(rig.BackendAddr.Addr()))
+		// On every address: those of instances registered later lead here too.
+		srv, err := backend.Start(backend.On(netip.IPv4Unspecified()))
 		if err != nil {
 			return errors.Join(err, enc.Encode(line{Error: err.Error(), Bye: true}))
 		}

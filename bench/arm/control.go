@@ -12,8 +12,6 @@ import (
 	"net/http"
 	"net/netip"
 	"strings"
-
-	"github.com/dstack-gw/dstack-gw/bench/rig"
 )
 
 // Control calls a dstack gateway's debug and admin interfaces (gateway spec 2, 3.5 and 3.6) from inside its namespace.
@@ -25,14 +23,15 @@ type Control struct {
 // controlConns bounds the connections kept to one interface.
 const controlConns = 4
 
-func newControl(r *rig.Rig, token string) *Control {
+// newControl returns a Control that connects with dial (host:port, numeric).
+func newControl(token string, dial func(addr string) (net.Conn, error)) *Control {
 	return &Control{
 		token: token,
 		client: &http.Client{
 			Timeout: callTimeout,
 			Transport: &http.Transport{
 				DialContext: func(_ context.Context, _, addr string) (net.Conn, error) {
-					return r.Dial(rig.Gateway, addr)
+					return dial(addr)
 				},
 				MaxIdleConnsPerHost: controlConns,
 				MaxConnsPerHost:     controlConns,

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -131,7 +132,7 @@ func (d Dstack) Start(ctx context.Context, r *rig.Rig, c Certificate) (Running, 
 	if err := r.WaitListening(rig.Gateway, p, startTimeout, debugPort, adminPort, proxyPort); err != nil {
 		return Running{}, err
 	}
-	ctl := newControl(r, token)
+	ctl := newControl(token, func(addr string) (net.Conn, error) { return r.Dial(rig.Gateway, addr) })
 	// The backend must get its own address: the first one of the pool.
 	ip, err := ctl.Register(ctx, App, Instance)
 	if err == nil && ip != rig.BackendAddr.Addr() {

@@ -34,11 +34,11 @@ func (r *Report) table(b *strings.Builder, c Case) {
 	head := []string{"arm"}
 	for _, m := range c.Metrics {
 		head = append(head, m.Title)
-		if m.Compare && !m.Signed {
-			for _, base := range r.bases() {
-				if len(r.values(c.Name, base, m.Key)) > 0 {
-					head = append(head, "x "+base)
-				}
+		for _, base := range r.columns(c, m) {
+			if m.Signed {
+				head = append(head, "above "+base)
+			} else {
+				head = append(head, "x "+base)
 			}
 		}
 	}
@@ -47,11 +47,11 @@ func (r *Report) table(b *strings.Builder, c Case) {
 		row := []string{a.Name}
 		for _, m := range c.Metrics {
 			row = append(row, summary(r.Summary(c.Name, a.Name, m.Key)))
-			if m.Compare && !m.Signed {
-				for _, base := range r.bases() {
-					if len(r.values(c.Name, base, m.Key)) > 0 {
-						row = append(row, ratio(r.Ratio(c.Name, a.Name, base, m.Key)))
-					}
+			for _, base := range r.columns(c, m) {
+				if m.Signed {
+					row = append(row, above(r.Summary(c.Name, a.Name, m.Key), r.Summary(c.Name, base, m.Key)))
+				} else {
+					row = append(row, ratio(r.Ratio(c.Name, a.Name, base, m.Key)))
 				}
 			}
 		}
@@ -59,11 +59,29 @@ func (r *Report) table(b *strings.Builder, c Case) {
 	}
 }
 
-func summary(s stats.Summary) string {
-	switch s.N {
-	case 0:
+// columns returns the arms a metric of a case is compared with in the table. Differences are taken to L3 only.
+func (r *Report) columns(c Case, m Metric) []string {
+	var out []string
+	for _, base := range r.bases() {
+		if m.Compare && (!m.Signed || base == "l3") && len(r.values(c.Name, base, m.Key)) > 0 {
+			out = append(out, base)
+		}
+	}
+	return out
+}
+
+func above(a, base stats.Summary) string {
+	if a.N == 0 || base.N == 0 {
 		return "-"
-	case 1:
+	}
+	return number(a.Median - base.Median)
+}
+
+func summary(s stats.Summary) string {
+	switch {
+	case s.N == 0:
+		return "-"
+	case s.N == 1 || s.Min == s.Max:
 		return number(s.Median)
 	}
 	return fmt.Sprintf("%s [%s, %s]", number(s.Median), number(s.Min), number(s.Max))

@@ -117,7 +117,7 @@ func (c Chart) SVG() string {
 			}
 		}
 		fmt.Fprintf(&body, `<text x="%d" y="%d" text-anchor="end">%s</text>`+"\n",
-			labelLeft-8, y+(rows*(barHeight+barGap)-barGap)/2+4, xml(name))
+			labelLeft-8, y+(rows*(barHeight+barGap)-barGap)/2+4, markup(name))
 		for _, a := range c.Arms {
 			s, ok := c.Bars[name][a]
 			if !ok {
@@ -125,7 +125,7 @@ func (c Chart) SVG() string {
 			}
 			mid := float64(y) + barHeight/2
 			fmt.Fprintf(&body, `<rect x="%d" y="%d" width="%.1f" height="%d" fill="%s"><title>%s, %s: %s</title></rect>`+"\n",
-				labelLeft, y, x(s.Median)-labelLeft, barHeight, colour[a], xml(name), xml(a), xml(summary(s)))
+				labelLeft, y, x(s.Median)-labelLeft, barHeight, colour[a], markup(name), markup(a), markup(summary(s)))
 			if s.N > 1 {
 				fmt.Fprintf(&body, `<path d="M%.1f %.1fH%.1fM%.1f %.1fv6M%.1f %.1fv6" stroke="#333" fill="none"/>`+"\n",
 					x(s.Min), mid, x(s.Max), x(s.Min), mid-3, x(s.Max), mid-3)
@@ -141,10 +141,10 @@ func (c Chart) SVG() string {
 	fmt.Fprintf(&b, `<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="%d" viewBox="0 0 %d %d" font-family="sans-serif" font-size="12">`+"\n",
 		width, height, width, height)
 	fmt.Fprintf(&b, `<rect width="%d" height="%d" fill="#fff"/>`+"\n", width, height)
-	fmt.Fprintf(&b, `<text x="8" y="16" font-size="14" font-weight="bold">%s</text>`+"\n", xml(c.Title))
+	fmt.Fprintf(&b, `<text x="8" y="16" font-size="14" font-weight="bold">%s</text>`+"\n", markup(c.Title))
 	at := 8
 	for _, a := range c.Arms {
-		fmt.Fprintf(&b, `<rect x="%d" y="25" width="11" height="11" fill="%s"/><text x="%d" y="35">%s</text>`+"\n", at, colour[a], at+15, xml(a))
+		fmt.Fprintf(&b, `<rect x="%d" y="25" width="11" height="11" fill="%s"/><text x="%d" y="35">%s</text>`+"\n", at, colour[a], at+15, markup(a))
 		at += 30 + 7*len(a)
 	}
 	b.WriteString(body.String())
@@ -152,6 +152,6 @@ func (c Chart) SVG() string {
 	return b.String()
 }
 
-var xmlEscapes = strings.NewReplacer("&", "&amp;", "<", "&lt;", ">", "&gt;", `"`, "&quot;")
+var markupEscapes = strings.NewReplacer("&", "&amp;", "<", "&lt;", ">", "&gt;", `"`, "&quot;")
 
-func xml(s string) string { return xmlEscapes.Replace(s) }
+func markup(s string) string { return markupEscapes.Replace(s) }

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -13,11 +14,8 @@ import (
 	"github.com/dstack-gw/dstack-gw/bench/rig"
 )
 
-// shown are the settings of the gateway's namespace that move the results most.
-var shown = []string{
-	"net.ipv4.tcp_congestion_control", "net.ipv4.tcp_timestamps", "net.ipv4.tcp_sack", "net.ipv4.tcp_syncookies",
-	"net.ipv4.tcp_rmem", "net.ipv4.tcp_wmem",
-}
+// shown are settings of the gateway's namespace that move the results, besides those the rig sets.
+var shown = []string{"net.ipv4.tcp_timestamps", "net.ipv4.tcp_sack", "net.ipv4.tcp_syncookies"}
 
 // environment describes the machine and the run.
 func environment(host *rig.Host, o Options) ([]report.Fact, error) {
@@ -60,13 +58,22 @@ func environment(host *rig.Host, o Options) ([]report.Fact, error) {
 	if err != nil {
 		return nil, err
 	}
+	names := slices.Clone(shown)
 	for _, s := range rig.Sysctls {
-		add(s.Name, s.Value+" (set by the rig)")
+		names = append(names, s.Name)
 	}
-	for _, name := range shown {
+	slices.Sort(names)
+	for _, name := range names {
 		v, err := r.Sysctl(rig.Gateway, name)
 		if err != nil {
 			return nil, errors.Join(err, r.Close())
+		}
+		for _, s := range rig.Sysctls {
+			if s.Name == name && s.Value == v {
+				v += " (set by the rig)"
+			} else if s.Name == name {
+				v += " (the host's; the rig may not choose " + s.Value + ", see net.ipv4.tcp_allowed_congestion_control)"
+			}
 		}
 		add(name, v)
 	}
