@@ -1,0 +1,265 @@
+package store
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+)
+
+// backup is the content of backup.json: everything but locks, secrets included (sealed ones stay sealed).
+type backup struct {
+	V         int                        `json:"v"`
+	WrittenAt time.Time                  `json:"written_at"`
+	Node      uint32                     `json:"node"`
+	CRC32C    uint32                     `json:"crc32c"` // over the compact JSON of keys
+	Keys      map[string]json.RawMessage `json:"keys"`
+}
+
+func (s *Store) backupPath() string { return filepath.Join(s.dir, "backup.json") }
+
+// Backup writes backup.json, mode 0600, from memory; it works without etcd. The store does so by itself.
+func (s *Store) Backup() error {
+	s.backupMu.Lock()
+	defer s.backupMu.Unlock()
+	content, _ := s.mirror.all()
+	b := backup{V: formatVersion, WrittenAt: s.opts.Now().UTC(), Node: s.opts.NodeID, Keys: make(map[string]json.RawMessage, len(content))}
+	for key, value := range content {
+		if !volatileKey(key) && json.Valid(value) {
+			b.Keys[key] = value
+		}
+	}
+	err := func() error {
+		keys, err := json.Marshal(b.Keys)
+		if err != nil {
+			return err
+		}
+		b.CRC32C = crc32.Checksum(keys, crc32.MakeTable(crc32.Castagnoli))
+		data, err := json.Marshal(b)
+		if err != nil {
+			return err
+		}
+		s.keepLarger(len(b.Keys))
+		return writeFile(s.backupPath(), data)
+	}()
+	s.stateMu.Lock()
+	defer s.stateMu.Unlock()
+	if s.state.backupErr = err; err != nil {
+		return fmt.Errorf("store: writing the backup: %w", err)
+	}
+	s.state.backedUp = b.WrittenAt
+	return nil
+}
+
+// keepLarger saves the last backup from being replaced by one with much less in it: an etcd that was emptied, or the
+// wrong cluster, must not take the backup along.
+func (s *Store) keepLarger(keys int) {
+	old, _, err := readBackup(s.backupPath())
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		keep := s.backupPath() + ".unreadable"
+		s.log.Error("the last backup cannot be read; it is kept", "err", err, "kept_as", keep, "keep_err", os.Rename(s.backupPath(), keep))
+		return
+	}
+	if len(old) < 10 || keys >= len(old)/2 {
+		return
+	}
+	keep := filepath.Join(s.dir, "backup.before-loss.json")
+	if err := os.Rename(s.backupPath(), keep); err != nil {
+		s.log.Error("the larger backup cannot be kept", "err", err)
+		return
+	}
+	s.log.Warn("the store has lost more than half of its keys since the last backup; that backup is kept", "keys_before", len(old), "keys_now", keys, "kept_as", keep)
+}
+
+func readBackup(path string) (keys map[string][]byte, written time.Time, err error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, time.Time{}, err
+	}
+	return parseBackup(data)
+}
+
+func parseBackup(data []byte) (map[string][]byte, time.Time, error) {
+	var b backup
+	if err := json.Unmarshal(data, &b); err != nil {
+		return nil, time.Time{}, fmt.Errorf("the backup is not the store's JSON: %w", redactJSON(err))
+	}
+	if b.V != formatVersion {
+		return nil, time.Time{}, fmt.Errorf("the backup has format version %d, this release reads %d", b.V, formatVersion)
+	}
+	raw, err := json.Marshal(b.Keys)
+	if err != nil {
+		return nil, time.Time{}, err
+	}
+	if crc32.Checksum(raw, crc32.MakeTable(crc32.Castagnoli)) != b.CRC32C {
+		return nil, time.Time{}, errors.New("the checksum of the backup is wrong: it was edited or damaged")
+	}
+	out := make(map[string][]byte, len(b.Keys))
+	for key, value := range b.Keys {
+		var compact bytes.Buffer
+		if err := json.Compact(&compact, value); err != nil {
+			return nil, time.Time{}, err
+		}
+		out[key] = compact.Bytes()
+	}
+	return out, b.WrittenAt, nil
+}
+
+// restore fills a new embedded etcd from the backup. Keys that are there already win: an earlier attempt may have been
+// cut short.
+func (s *Store) restore(ctx context.Context, b *backend) error {
+	content, written, err := readBackup(s.backupPath())
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		s.log.Error("there is no backup to restore: the store starts with what the journal holds. Guests register again by themselves; DNS credentials, domains and the ACME account must be set up again", "backup", s.backupPath())
+		return os.Remove(s.restorePath())
+	case err != nil:
+		keep := s.backupPath() + ".unreadable"
+		s.log.Error("the backup cannot be read: the store starts with what the journal holds. Guests register again by themselves; DNS credentials, domains and the ACME account must be set up again",
+			"err", err, "kept_as", keep)
+		return errors.Join(os.Rename(s.backupPath(), keep), os.Remove(s.restorePath()))
+	}
+	ops := make([]op, 0, len(content))
+	for key, value := range content {
+		ops = append(ops, op{key: key, value: value})
+	}
+	slices.SortFunc(ops, func(a, b op) int { return strings.Compare(a.key, b.key) })
+	for chunk := range slices.Chunk(ops, maxBatch/2) {
+		_, err := call(ctx, b, func(ctx context.Context) (struct{}, error) {
+			var none struct{}
+			absent := make([]clientv3.Cmp, len(chunk))
+			for n, o := range chunk {
+				absent[n] = clientv3.Compare(clientv3.CreateRevision(o.key), "=", 0)
+			}
+			resp, err := b.kv.Txn(ctx).If(absent...).Then(etcdOps(chunk)...).Commit()
+			if err != nil || resp.Succeeded {
+				return none, err
+			}
+			for n, o := range chunk {
+				if _, err := b.kv.Txn(ctx).If(absent[n]).Then(etcdOps([]op{o})...).Commit(); err != nil {
+					return none, err
+				}
+			}
+			return none, nil
+		})
+		if err != nil {
+			return transientError{fmt.Errorf("restoring the backup: %w", err)}
+		}
+	}
+	s.log.Warn("the backup was restored into a new etcd", "keys", len(content), "backup_of", written)
+	return os.Remove(s.restorePath())
+}
+
+// housekeep runs the periodic work: free-space gate, health, backup, defragmentation.
+func (s *Store) housekeep() {
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	var (
+		lastBackup, lastDefrag = time.Now(), time.Now()
+		backedUp               uint64
+		urgent                 = true // the first backup soon after the start
+	)
+	for n := 0; ; n++ {
+		select {
+		case <-s.ctx.Done():
+			return
+		case <-s.urgent:
+			urgent = true
+			continue
+		case <-tick.C:
+		}
+		if s.opts.Mode == Embedded {
+			s.checkDisk()
+		}
+		if n%5 == 0 {
+			s.checkHealth()
+		}
+		_, version := s.mirror.all()
+		if version != backedUp && (urgent || time.Since(lastBackup) >= s.opts.BackupInterval) {
+			if err := s.Backup(); err != nil {
+				s.log.Error("the backup of the store failed", "err", err)
+			}
+			urgent, lastBackup, backedUp = false, time.Now(), version
+		}
+		if s.opts.Mode == Embedded && time.Since(lastDefrag) >= 10*time.Minute {
+			lastDefrag = time.Now()
+			s.defragment()
+		}
+	}
+}
+
+// checkDisk opens and closes the gate before etcd: a full disk is fatal to it, so it must not be written near to that.
+func (s *Store) checkDisk() {
+	free, err := freeBytes(s.dir)
+	if err != nil {
+		return // the directory is not there; etcd's own state tells more
+	}
+	s.stateMu.Lock()
+	was := s.state.diskFull
+	switch {
+	case free < s.opts.MinFreeBytes:
+		s.state.diskFull = fmt.Sprintf("the disk is almost full: %d MiB free on the file system of %s, %d MiB are needed", free>>20, s.dir, s.opts.MinFreeBytes>>20)
+	case free >= s.opts.MinFreeBytes+s.opts.MinFreeBytes/8: // some distance, not to flap
+		s.state.diskFull = ""
+	}
+	is := s.state.diskFull
+	if was == "" && is != "" {
+		// The writer finds its way back by a replay.
+		s.state.writable, s.state.reason, s.state.since = false, is, s.opts.Now()
+	}
+	s.stateMu.Unlock()
+	if was == "" && is != "" {
+		s.log.Error("etcd is not written any more; registrations go to the journal, admin changes and issuance are refused. Free some space", "why", is)
+	}
+	if was != "" && is == "" {
+		s.wake()
+	}
+}
+
+// checkHealth notices an etcd that has lost its quorum while nobody writes, and keeps Status up to date.
+func (s *Store) checkHealth() {
+	b := s.currentBackend()
+	if b == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(s.ctx, s.opts.WriteTimeout)
+	defer cancel()
+	_, err := call(ctx, b, func(ctx context.Context) (*clientv3.GetResponse, error) { return b.kv.Get(ctx, "quorum") })
+	if err != nil && s.ctx.Err() == nil {
+		s.stateMu.Lock()
+		was := s.state.writable
+		s.stateMu.Unlock()
+		s.setDown(fmt.Errorf("reading from etcd: %w", err))
+		if was {
+			s.log.Error("etcd does not answer: registrations go to the journal, admin changes and issuance are refused until it does", "err", err)
+		}
+	}
+	s.askServer(ctx, b)
+}
+
+// defragment gives space back when most of a larger database is empty.
+func (s *Store) defragment() {
+	b := s.currentBackend()
+	s.stateMu.Lock()
+	st := s.state.server
+	s.stateMu.Unlock()
+	if b == nil || st.dbSize < 64<<20 || st.dbInUse > st.dbSize/2 {
+		return
+	}
+	ctx, cancel := context.WithTimeout(s.ctx, time.Minute)
+	defer cancel()
+	if _, err := call(ctx, b, func(ctx context.Context) (*clientv3.DefragmentResponse, error) {
+		return b.maint.Defragment(ctx, b.endpoint)
+	}); err != nil {
+		s.log.Warn("defragmenting the etcd database failed", "err", err)
+	}
+}

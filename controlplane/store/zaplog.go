@@ -1,0 +1,90 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"runtime"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+)
+
+// slogCore passes etcd's messages from warning level on to slog.
+type slogCore struct {
+	log    *slog.Logger
+	fields []zapcore.Field
+}
+
+func (c slogCore) Enabled(l zapcore.Level) bool { return l >= zapcore.WarnLevel }
+
+func (c slogCore) With(fields []zapcore.Field) zapcore.Core {
+	return slogCore{c.log, append(append([]zapcore.Field(nil), c.fields...), fields...)}
+}
+
+// meaningless are messages that every start of an embedded node brings: about listeners and authentication that it does
+// not have, and about a schema version that is not known before the first write and looked for again.
+func meaningless(message string) bool {
+	switch message {
+	case "Running http and grpc server on single port. This is not recommended for production.",
+		"simple token is not cryptographically signed",
+		"Failed to detect schema version",
+		"failed to update storage version":
+		return true
+	}
+	return false
+}
+
+func (c slogCore) Check(e zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.CheckedEntry {
+	if c.Enabled(e.Level) && !meaningless(e.Message) {
+		return ce.AddCore(e, c)
+	}
+	return ce
+}
+
+func (c slogCore) Write(e zapcore.Entry, fields []zapcore.Field) error {
+	level := slog.LevelWarn
+	if e.Level > zapcore.WarnLevel {
+		level = slog.LevelError
+	}
+	enc := zapcore.NewMapObjectEncoder()
+	for _, f := range c.fields {
+		f.AddTo(enc)
+	}
+	for _, f := range fields {
+		f.AddTo(enc)
+	}
+	attrs := make([]slog.Attr, 0, len(enc.Fields))
+	for k, v := range enc.Fields {
+		attrs = append(attrs, slog.Any(k, v))
+	}
+	c.log.LogAttrs(context.Background(), level, "etcd: "+e.Message, attrs...)
+	return nil
+}
+
+func (c slogCore) Sync() error { return nil }
+
+// faultHook takes the place of os.Exit and panic behind etcd's fatal messages: the goroutine ends, the rest of the
+// gateway goes on, and the store is told.
+type faultHook struct{ fault *fault }
+
+func (h faultHook) OnWrite(ce *zapcore.CheckedEntry, fields []zapcore.Field) {
+	err := errors.New(ce.Message)
+	for _, f := range fields {
+		if cause, ok := f.Interface.(error); ok && f.Type == zapcore.ErrorType {
+			err = fmt.Errorf("%s: %w", ce.Message, cause)
+			break
+		}
+	}
+	h.fault.set(fmt.Errorf("etcd stopped: %w", err))
+	runtime.Goexit()
+}
+
+func zapLogger(log *slog.Logger, f *fault) *zap.Logger {
+	lg := zap.New(slogCore{log: log})
+	if f != nil {
+		lg = lg.WithOptions(zap.WithFatalHook(faultHook{f}), zap.WithPanicHook(faultHook{f}))
+	}
+	return lg
+}
