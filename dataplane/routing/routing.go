@@ -76,10 +76,10 @@ type App struct {
 // Base is a platform domain. TLS is nil while it has no usable certificate: names
 // under it still route as passthrough, terminate names are refused.
 type Base struct {
-	Domain   string
-	TLS      *tls.Config // no ALPN
-	TLSH2    *tls.Config // ALPN h2 only
-	Configed bool        // a configured ZT domain or the static one, as opposed to a leftover certificate
+	Domain     string
+	TLS        *tls.Config // no ALPN
+	TLSH2      *tls.Config // ALPN h2 only
+	Configured bool        // a configured ZT domain or the static one, as opposed to a leftover certificate
 }
 
 const shards = 256
@@ -108,6 +108,9 @@ func (s *Snapshot) App(id string) *App { return s.apps[shardOf(id)][id] }
 
 // Base looks a platform domain up by its exact name.
 func (s *Snapshot) Base(domain string) *Base { return s.bases[domain] }
+
+// Bases returns the platform domains in no order.
+func (s *Snapshot) Bases() []*Base { return slices.Collect(maps.Values(s.bases)) }
 
 // Len is the number of instances.
 func (s *Snapshot) Len() int { return s.count }
