@@ -127,4 +127,5 @@ func (c *Config) check() error {
 	return err
 }
 
-func (c *Config) path(file string) string { return filepath.Join(c.Dir, file) }
+// Path is where one of the files is.
+func (c *Config) Path(file string) string { return filepath.Join(c.Dir, file) }

@@ -64,17 +64,17 @@ func registerBase(url string) string {
 }
 
 func clientTLS(c *Config) (*tls.Config, error) {
-	cert, err := tls.LoadX509KeyPair(c.path(FileClientCert), c.path(FileClientKey))
+	cert, err := tls.LoadX509KeyPair(c.Path(FileClientCert), c.Path(FileClientKey))
 	if err != nil {
 		return nil, fmt.Errorf("load the certificate to register with: %w", err)
 	}
-	ca, err := os.ReadFile(c.path(FileCA))
+	ca, err := os.ReadFile(c.Path(FileCA))
 	if err != nil {
 		return nil, fmt.Errorf("load the platform's CA: %w", err)
 	}
 	roots := x509.NewCertPool()
 	if !roots.AppendCertsFromPEM(ca) {
-		return nil, fmt.Errorf("load the platform's CA: no certificate in %s", c.path(FileCA))
+		return nil, fmt.Errorf("load the platform's CA: no certificate in %s", c.Path(FileCA))
 	}
 	return &tls.Config{
 		MinVersion:   tls.VersionTLS12,

@@ -35,7 +35,7 @@ func Run(ctx context.Context, c *Config, log *slog.Logger) error {
 	if err := c.check(); err != nil {
 		return err
 	}
-	key, err := loadKey(c.path(FileWGKey), ratls.WriteFile)
+	key, err := LoadKey(c.Path(FileWGKey))
 	if err != nil {
 		return err
 	}
@@ -54,7 +54,7 @@ func Run(ctx context.Context, c *Config, log *slog.Logger) error {
 	if err != nil {
 		return fmt.Errorf("nginx.conf: %w", err)
 	}
-	if err := os.WriteFile(c.path(FileNginxConf), []byte(conf), 0o600); err != nil {
+	if err := os.WriteFile(c.Path(FileNginxConf), []byte(conf), 0o600); err != nil {
 		return fmt.Errorf("write nginx.conf: %w", err)
 	}
 
@@ -177,7 +177,7 @@ func (g *guest) registerOnce(ctx context.Context, t *tunnel, key wgtypes.Key, a 
 		if err := t.set(conf, a == actForce); err != nil {
 			return err
 		}
-		return ratls.WriteFile(g.path(FileWGConf), []byte(conf.text()))
+		return ratls.WriteFile(g.Path(FileWGConf), []byte(conf.text()))
 	}()
 	g.update(func(s *Status) {
 		if err != nil {
@@ -204,7 +204,7 @@ func (g *guest) runNginx(ctx context.Context) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	for ctx.Err() == nil {
-		cmd := exec.CommandContext(ctx, g.Nginx, "-p", g.Dir, "-e", "stderr", "-c", g.path(FileNginxConf))
+		cmd := exec.CommandContext(ctx, g.Nginx, "-p", g.Dir, "-e", "stderr", "-c", g.Path(FileNginxConf))
 		cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
 		cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
@@ -237,7 +237,7 @@ func (g *guest) writeStatus(ctx context.Context) {
 		now := g.status
 		g.mu.Unlock()
 		if now != written {
-			if err := now.write(g.path(FileStatus)); err != nil {
+			if err := now.write(g.Path(FileStatus)); err != nil {
 				g.log.Warn("writing the status failed", slog.String("error", err.Error()))
 			} else {
 				written = now

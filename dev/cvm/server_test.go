@@ -164,7 +164,7 @@ func TestNginxConf(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := cred.WriteFiles(c.path(FileSiteCert), c.path(FileSiteKey)); err != nil {
+	if err := cred.WriteFiles(c.Path(FileSiteCert), c.Path(FileSiteKey)); err != nil {
 		t.Fatal(err)
 	}
 	path := filepath.Join(c.Dir, FileNginxConf)
@@ -251,10 +251,10 @@ func TestRegisterChecksTheGateway(t *testing.T) {
 				return cred
 			}
 			client := issue(platform, ratls.App{ID: make([]byte, 20), Subject: "dstack-guest-agent", ClientAuth: true})
-			if err := client.WriteFiles(c.path(FileClientCert), c.path(FileClientKey)); err != nil {
+			if err := client.WriteFiles(c.Path(FileClientCert), c.Path(FileClientKey)); err != nil {
 				t.Fatal(err)
 			}
-			if err := os.WriteFile(c.path(FileCA), platform.CertificatePEM(), 0o600); err != nil {
+			if err := os.WriteFile(c.Path(FileCA), platform.CertificatePEM(), 0o600); err != nil {
 				t.Fatal(err)
 			}
 			conf, err := clientTLS(c)

@@ -20,6 +20,8 @@ import (
 	"golang.zx2c4.com/wireguard/tun"
 	"golang.zx2c4.com/wireguard/wgctrl"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
+
+	"github.com/dstack-gw/dstack-gw/ratls"
 )
 
 const (
@@ -225,15 +227,15 @@ func parseHandshakes(text string) (time.Time, error) {
 	return time.Unix(newest, 0), nil
 }
 
-// loadKey reads the WireGuard key, or makes it: guests keep theirs as well.
-func loadKey(path string, write func(string, []byte) error) (wgtypes.Key, error) {
+// LoadKey reads a WireGuard private key, or makes it: guests keep theirs as well.
+func LoadKey(path string) (wgtypes.Key, error) {
 	text, err := os.ReadFile(path)
 	if errors.Is(err, os.ErrNotExist) {
 		key, err := wgtypes.GeneratePrivateKey()
 		if err != nil {
 			return wgtypes.Key{}, fmt.Errorf("make a WireGuard key: %w", err)
 		}
-		return key, write(path, []byte(key.String()+"\n"))
+		return key, ratls.WriteFile(path, []byte(key.String()+"\n"))
 	}
 	if err != nil {
 		return wgtypes.Key{}, fmt.Errorf("read the WireGuard key: %w", err)

@@ -12,7 +12,6 @@ import (
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	gatewaypb "github.com/dstack-gw/dstack-gw/api/gateway"
-	"github.com/dstack-gw/dstack-gw/ratls"
 )
 
 func testKey(first byte) wgtypes.Key {
@@ -107,18 +106,18 @@ func TestParseHandshakes(t *testing.T) {
 
 func TestLoadKeyKeepsIt(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "wg.key")
-	first, err := loadKey(path, ratls.WriteFile)
+	first, err := LoadKey(path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	second, err := loadKey(path, ratls.WriteFile)
+	second, err := LoadKey(path)
 	if err != nil || first != second {
 		t.Errorf("the key changed from one start to the next (%v)", err)
 	}
 	if err := os.WriteFile(path, []byte("secret nonsense"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := loadKey(path, ratls.WriteFile); err == nil || strings.Contains(err.Error(), "secret") {
+	if _, err := LoadKey(path); err == nil || strings.Contains(err.Error(), "secret") {
 		t.Errorf("got %v, want an error that does not show the file", err)
 	}
 }
