@@ -20,6 +20,7 @@ import (
 	"github.com/dstack-gw/dstack-gw/bench/agent"
 	"github.com/dstack-gw/dstack-gw/bench/arm"
 	"github.com/dstack-gw/dstack-gw/bench/report"
+	"github.com/dstack-gw/dstack-gw/bench/rig"
 	"github.com/dstack-gw/dstack-gw/bench/suite"
 )
 
@@ -118,11 +119,12 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if err != nil {
 		return fmt.Errorf("finding this program: %w", err)
 	}
+	host := &rig.Host{Log: log}
 	o := suite.Options{
 		Rounds: *rounds, Warmup: *warmup, Duration: *duration,
 		Noise: *noise, Patience: *patience, Retries: *retries,
 		Churn: suite.Churn{Instances: *inst, Rate: *rate, Probes: 50},
-		Exe:   exe, Log: log,
+		Exe:   exe, Host: host, Log: log,
 	}
 	if *quick {
 		o.Rounds, o.Warmup, o.Duration, o.Noise = 1, 30*time.Millisecond, 150*time.Millisecond, 0
@@ -140,9 +142,12 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 			}
 		}
 	}
-	tmp, err := os.MkdirTemp("", "dgwbuild-")
+	if err := host.Sweep(); err != nil {
+		return err
+	}
+	tmp, err := host.TempDir("build")
 	if err != nil {
-		return fmt.Errorf("making a directory for programs: %w", err)
+		return err
 	}
 	defer os.RemoveAll(tmp)
 	b := binaries{ours: *ours, upstream: *upstream, dir: tmp, log: log}

@@ -90,4 +90,3 @@ func TestSave(t *testing.T) {
 		t.Error(err)
 	}
 }
-

@@ -95,6 +95,7 @@ type Arm interface {
 type Need struct {
 	Mode        Mode
 	PostQuantum bool // terminating with X25519MLKEM768
+	HalfClose   bool // one direction ends while the other goes on
 	Control     bool // registrations
 }
 

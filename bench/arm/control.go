@@ -21,7 +21,7 @@ type Control struct {
 }
 
 // controlConns bounds the connections kept to one interface.
-const controlConns = 4
+const controlConns = 32
 
 // newControl returns a Control that connects with dial (host:port, numeric).
 func newControl(token string, dial func(addr string) (net.Conn, error)) *Control {

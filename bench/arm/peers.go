@@ -174,7 +174,9 @@ func (h HAProxy) Start(_ context.Context, r *rig.Rig, c Certificate) (Running, e
 			if err != nil {
 				return nil, err
 			}
-			return pick(text, "TotalBytesOut", "TotalSplicedBytesOut", "Total_bytes_out", "Total_spliced_bytes_out", "PipesUsed", "PipesFree", "MaxPipes"), nil
+			return pick(text,
+				"TotalBytesOut", "TotalSplicdedBytesOut", "TotalSplicedBytesOut", // the former is how 2.6 spells it
+				"PipesUsed", "PipesFree", "Maxpipes"), nil
 		},
 	}, nil
 }

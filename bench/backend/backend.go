@@ -185,7 +185,14 @@ func (s *Server) serveBulk(c net.Conn, passthrough bool) error {
 }
 
 func (s *Server) transfer(st *wire.Stream, open wire.Message) error {
-	d, dir, hashed := time.Duration(open.A), wire.Direction(open.B&^wire.HashFlag), open.B&wire.HashFlag != 0
+	hashed, half := open.B&wire.HashFlag != 0, open.B&wire.HalfCloseFlag != 0
+	d, dir := time.Duration(open.A), wire.Direction(open.B&^(wire.HashFlag|wire.HalfCloseFlag))
+	if half {
+		// Now this end is done first, now the other.
+		if d *= 2; open.Conn%2 == 1 {
+			d /= 4
+		}
+	}
 	if err := st.Write(wire.Message{Kind: wire.BulkReady, Conn: open.Conn}); err != nil {
 		return fmt.Errorf("preparing a transfer: %w", err)
 	}
@@ -198,6 +205,9 @@ func (s *Server) transfer(st *wire.Stream, open wire.Message) error {
 	send := func() {
 		defer close(sending)
 		sent, sendErr = st.Send(open.Conn, hashed, d)
+		if sendErr == nil && half {
+			sendErr = st.CloseWrite()
+		}
 	}
 	switch dir {
 	case wire.Down:
@@ -212,9 +222,15 @@ func (s *Server) transfer(st *wire.Stream, open wire.Message) error {
 	if dir != wire.Down {
 		received, err = st.Receive(open.Conn, hashed)
 	}
+	if err == nil && half {
+		err = st.ExpectEnd()
+	}
 	<-sending
 	if err := errors.Join(err, sendErr); err != nil {
 		return fmt.Errorf("connection %d: %w", open.Conn, err)
+	}
+	if half {
+		return nil
 	}
 	if dir != wire.Down {
 		if err := st.Write(wire.Message{Kind: wire.BulkDone, Conn: open.Conn, A: received}); err != nil {

@@ -59,10 +59,12 @@ func runBulk(ctx context.Context, s Spec) (Result, error) {
 			return Result{}, fmt.Errorf("connection %d: %w", i, err)
 		}
 	}
-	if _, _, err := transferAll(s, conns, proving, true); err != nil {
-		return Result{}, fmt.Errorf("transfer with SHA-256: %w", err)
+	if !s.HalfClose { // which leaves no connection for a second transfer
+		if _, _, err := transferAll(s, conns, proving, true); err != nil {
+			return Result{}, fmt.Errorf("transfer with SHA-256: %w", err)
+		}
 	}
-	u, n, err := transferAll(s, conns, s.Duration, false)
+	u, n, err := transferAll(s, conns, s.Duration, s.HalfClose)
 	if err != nil {
 		return Result{}, err
 	}
@@ -75,6 +77,9 @@ func transferAll(s Spec, conns []*wire.Stream, d time.Duration, hashed bool) (cp
 		open := wire.Message{Kind: wire.BulkOpen, Conn: uint64(i), A: uint64(d), B: uint64(s.Direction)}
 		if hashed {
 			open.B |= wire.HashFlag
+		}
+		if s.HalfClose {
+			open.B |= wire.HalfCloseFlag
 		}
 		if err := c.Write(open); err != nil {
 			return cpu.Usage{}, 0, fmt.Errorf("connection %d: preparing: %w", i, err)
@@ -91,7 +96,7 @@ func transferAll(s Spec, conns []*wire.Stream, d time.Duration, hashed bool) (cp
 	errs := make([]error, len(conns))
 	var wg sync.WaitGroup
 	for i, c := range conns {
-		wg.Go(func() { counts[i], errs[i] = transfer(c, uint64(i), s.Direction, d, hashed) })
+		wg.Go(func() { counts[i], errs[i] = transfer(c, uint64(i), s.Direction, d, hashed, s.HalfClose) })
 	}
 	wg.Wait()
 	after, err := cpu.End(s.Proc)
@@ -106,25 +111,37 @@ func transferAll(s Spec, conns []*wire.Stream, d time.Duration, hashed bool) (cp
 }
 
 // transfer runs one prepared transfer and returns the payload bytes that arrived, of both directions.
-func transfer(c *wire.Stream, conn uint64, dir wire.Direction, d time.Duration, hashed bool) (uint64, error) {
+func transfer(c *wire.Stream, conn uint64, dir wire.Direction, d time.Duration, hashed, half bool) (uint64, error) {
 	if err := c.Write(wire.Message{Kind: wire.BulkStart, Conn: conn}); err != nil {
 		return 0, fmt.Errorf("connection %d: starting: %w", conn, err)
 	}
 	var sent, received uint64
 	var sendErr, err error
 	var wg sync.WaitGroup
+	send := func() {
+		sent, sendErr = c.Send(conn, hashed, d)
+		if sendErr == nil && half {
+			sendErr = c.CloseWrite()
+		}
+	}
 	switch dir {
 	case wire.Up:
-		sent, sendErr = c.Send(conn, hashed, d)
+		send()
 	case wire.Duplex:
-		wg.Go(func() { sent, sendErr = c.Send(conn, hashed, d) })
+		wg.Go(send)
 	}
 	if dir != wire.Up {
 		received, err = c.Receive(conn, hashed)
 	}
+	if err == nil && half {
+		err = c.ExpectEnd()
+	}
 	wg.Wait()
 	if err := errors.Join(sendErr, err); err != nil {
 		return 0, fmt.Errorf("connection %d: %w", conn, err)
+	}
+	if half {
+		return sent + received, nil
 	}
 	if dir != wire.Up {
 		if err := c.Write(wire.Message{Kind: wire.BulkDone, Conn: conn, A: received}); err != nil {

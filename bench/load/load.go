@@ -38,6 +38,8 @@ type Spec struct {
 	// PostQuantum makes the passthrough ClientHello carry an X25519MLKEM768 key share (about 1.5 KiB).
 	PostQuantum bool           `json:"post_quantum,omitempty"`
 	Direction   wire.Direction `json:"direction,omitempty"` // Bulk only
+	// HalfClose makes both ends of a Bulk transfer close their sending sides at different moments.
+	HalfClose bool `json:"half_close,omitempty"`
 
 	Warmup   time.Duration `json:"warmup"`
 	Duration time.Duration `json:"duration"`

@@ -173,6 +173,11 @@ func TestBulk(t *testing.T) {
 			t.Errorf("direction %d: %+v", dir, w)
 		}
 	}
+	c := spec(load.Bulk, at.BulkPassthrough, 4)
+	c.Direction, c.HalfClose = wire.Duplex, true
+	if _, err := load.Run(context.Background(), c, nil); err != nil {
+		t.Errorf("half-close: %v", err)
+	}
 	if err := s.Errors(); err != nil {
 		t.Error(err)
 	}
@@ -323,6 +328,39 @@ func TestDamage(t *testing.T) {
 		if _, err := load.Run(context.Background(), sp, nil); !errors.Is(err, wire.ErrCorrupt) {
 			t.Errorf("%s: %v", what, err)
 		}
+	}
+}
+
+// A gateway that ends both directions when one has ended must fail the half-close case.
+func TestNoHalfClose(t *testing.T) {
+	_, at := startBackend(t)
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		c, err := l.Accept()
+		if err != nil {
+			return
+		}
+		defer c.Close()
+		app, err := net.Dial("tcp4", at.BulkPassthrough.String())
+		if err != nil {
+			return
+		}
+		wg.Go(func() {
+			io.Copy(app, c)
+			app.Close()
+		})
+		io.Copy(c, app)
+	})
+	defer wg.Wait()
+	defer l.Close()
+	c := spec(load.Bulk, l.Addr().(*net.TCPAddr).AddrPort(), 1)
+	c.Direction, c.HalfClose = wire.Duplex, true
+	if _, err := load.Run(context.Background(), c, nil); err == nil {
+		t.Error("no error")
 	}
 }
 

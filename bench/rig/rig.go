@@ -76,7 +76,6 @@ const (
 type Rig struct {
 	Dir string // temporary, removed by Close
 
-	log   *slog.Logger
 	name  string
 	procs []*Process
 }
@@ -96,6 +95,19 @@ func owner() (string, error) {
 	return fmt.Sprintf("%s%d-%d", prefix, p.PID, p.Start), nil
 }
 
+// TempDir makes a directory that Sweep removes if the harness dies before its owner does.
+func (h *Host) TempDir(what string) (string, error) {
+	own, err := owner()
+	if err != nil {
+		return "", err
+	}
+	dir, err := os.MkdirTemp("", own+"-"+what+"-")
+	if err != nil {
+		return "", fmt.Errorf("making a directory for %s: %w", what, err)
+	}
+	return dir, nil
+}
+
 // New builds a rig. Errors say what is missing on this machine. The caller must Close it.
 func (h *Host) New() (*Rig, error) {
 	if os.Geteuid() != 0 {
@@ -108,9 +120,10 @@ func (h *Host) New() (*Rig, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &Rig{log: h.Log, name: fmt.Sprintf("%s-%d", own, h.seq.Add(1))}
-	if r.Dir, err = os.MkdirTemp("", r.name+"-"); err != nil {
-		return nil, fmt.Errorf("making the rig's directory: %w", err)
+	seq := fmt.Sprint(h.seq.Add(1))
+	r := &Rig{name: own + "-" + seq}
+	if r.Dir, err = h.TempDir(seq); err != nil {
+		return nil, err
 	}
 	if err := r.build(); err != nil {
 		return nil, errors.Join(fmt.Errorf("building the rig: %w", err), r.Close())

@@ -27,6 +27,7 @@ func (c Case) need() arm.Need {
 	return arm.Need{
 		Mode:        c.Mode,
 		PostQuantum: c.Spec.TLS != nil && c.Spec.TLS.Group == mlkem,
+		HalfClose:   c.Spec.HalfClose,
 		Control:     c.Churn,
 	}
 }
@@ -65,6 +66,13 @@ func Cases(s Sizes) []Case {
 				})
 			}
 		}
+		out = append(out, Case{
+			Name: short + "-halfclose-8", Group: title + " half-close",
+			Title: fmt.Sprintf("%s, bulk both ways, each end closes its sending side when it is done, 8 connections, SHA-256", title),
+			Mode:  mode, Service: arm.Bulk,
+			Spec:  load.Spec{Kind: load.Bulk, Conns: 8, Direction: wire.Duplex, HalfClose: true, TLS: client},
+			Quick: true,
+		})
 		for _, n := range []int{1, 32, 512} {
 			out = append(out, Case{
 				Name: fmt.Sprintf("%s-requests-%d", short, n), Group: title + " requests",

@@ -18,7 +18,7 @@ import (
 var shown = []string{"net.ipv4.tcp_timestamps", "net.ipv4.tcp_sack", "net.ipv4.tcp_syncookies"}
 
 // environment describes the machine and the run.
-func environment(host *rig.Host, o Options) ([]report.Fact, error) {
+func environment(o Options) ([]report.Fact, error) {
 	var out []report.Fact
 	add := func(name, value string) { out = append(out, report.Fact{Name: name, Value: value}) }
 	file := func(name, path string) error {
@@ -54,7 +54,7 @@ func environment(host *rig.Host, o Options) ([]report.Fact, error) {
 	}
 	add("harness", runtime.Version())
 	add("cell", fmt.Sprintf("warm-up %v, window %v; client, gateway and backend share the processors", o.Warmup, o.Duration))
-	r, err := host.New()
+	r, err := o.Host.New()
 	if err != nil {
 		return nil, err
 	}

@@ -31,6 +31,7 @@ type Options struct {
 	Patience time.Duration
 	Churn    Churn
 	Exe      string // this program, to start agents with
+	Host     *rig.Host
 	Log      *slog.Logger
 }
 
@@ -40,16 +41,12 @@ const cellTimeout = 60 * time.Second
 // Run measures everything. It returns what it has when ctx ends, together with the error. It must be called from a
 // goroutine locked to its thread (see rig.Start).
 func Run(ctx context.Context, o Options) (*report.Report, error) {
-	host := &rig.Host{Log: o.Log}
-	if err := host.Sweep(); err != nil {
-		return nil, err
-	}
 	cert, err := arm.NewCertificate(time.Now())
 	if err != nil {
 		return nil, err
 	}
 	rep := &report.Report{Rounds: o.Rounds, NoiseLimit: o.Noise}
-	if rep.Environment, err = environment(host, o); err != nil {
+	if rep.Environment, err = environment(o); err != nil {
 		return nil, err
 	}
 	for _, a := range o.Arms {
@@ -74,7 +71,7 @@ func Run(ctx context.Context, o Options) (*report.Report, error) {
 					rep.Interrupted = true
 					return rep, context.Cause(ctx)
 				}
-				cell := measure(ctx, host, o, cert, c, a)
+				cell := measure(ctx, o, cert, c, a)
 				cell.Round = round
 				if ctx.Err() != nil {
 					continue // half a measurement
@@ -110,7 +107,7 @@ func progress(log *slog.Logger, c Case, cell report.Cell) {
 }
 
 // measure runs a cell, again if others disturbed it.
-func measure(ctx context.Context, host *rig.Host, o Options, cert arm.Certificate, c Case, a arm.Arm) report.Cell {
+func measure(ctx context.Context, o Options, cert arm.Certificate, c Case, a arm.Arm) report.Cell {
 	if why := a.Lacks(c.need()); why != "" {
 		return report.Cell{Case: c.Name, Arm: a.Name(), Lacks: why}
 	}
@@ -119,7 +116,7 @@ func measure(ctx context.Context, host *rig.Host, o Options, cert arm.Certificat
 	for try := 0; ; try++ {
 		waitQuiet(ctx, o)
 		cell := report.Cell{Case: c.Name, Arm: a.Name()}
-		err := once(ctx, host, o, cert, c, a, &cell)
+		err := once(ctx, o, cert, c, a, &cell)
 		if err != nil {
 			cell.Error = err.Error()
 			return cell
@@ -140,10 +137,10 @@ func measure(ctx context.Context, host *rig.Host, o Options, cert arm.Certificat
 }
 
 // once runs a cell in a rig of its own.
-func once(ctx context.Context, host *rig.Host, o Options, cert arm.Certificate, c Case, a arm.Arm, cell *report.Cell) (err error) {
+func once(ctx context.Context, o Options, cert arm.Certificate, c Case, a arm.Arm, cell *report.Cell) (err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, cellTimeout+2*o.Duration+c.Spec.Duration, errors.New("cell took too long"))
 	defer cancel()
-	r, err := host.New()
+	r, err := o.Host.New()
 	if err != nil {
 		return err
 	}

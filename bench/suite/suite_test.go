@@ -144,7 +144,8 @@ func options(t *testing.T, arms ...arm.Arm) Options {
 	}
 	return Options{
 		Arms: arms, Rounds: 1, Warmup: 10 * time.Millisecond, Duration: 80 * time.Millisecond,
-		Churn: Churn{Instances: 20, Rate: 200, Probes: 3}, Exe: exe, Log: slog.New(slog.DiscardHandler),
+		Churn: Churn{Instances: 20, Rate: 200, Probes: 3}, Exe: exe,
+		Log: slog.New(slog.DiscardHandler), Host: &rig.Host{Log: slog.New(slog.DiscardHandler)},
 	}
 }
 

@@ -12,13 +12,16 @@ import (
 // Direction of a bulk transfer, seen from the client.
 type Direction uint64
 
-// Directions. HashFlag, added to a direction in BulkOpen, makes both ends compute SHA-256 as well.
+// Directions, and flags added to them in BulkOpen. HashFlag makes both ends compute SHA-256 as well.
 const (
 	Down   Direction = 0 // backend sends
 	Up     Direction = 1 // client sends
 	Duplex Direction = 2 // both send at once
 
 	HashFlag = 1 << 8
+	// HalfCloseFlag makes each end close its sending side right after its last byte, while the other may go on; the
+	// end of the stream then stands for the receipt.
+	HalfCloseFlag = 1 << 9
 )
 
 // QuantumSize is the payload of one piece of bulk data in bytes.

@@ -1,6 +1,7 @@
 package wire
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"time"
@@ -85,6 +86,27 @@ func (s *Stream) Write(m Message) error {
 	m.Put(b[:])
 	_, err := s.rw.Write(b[:])
 	return err
+}
+
+// CloseWrite tells the other end that nothing follows; reading goes on. Only for TCP and TLS connections.
+func (s *Stream) CloseWrite() error {
+	c, ok := s.rw.(interface{ CloseWrite() error })
+	if !ok {
+		return fmt.Errorf("half-closing a %T: %w", s.rw, errors.ErrUnsupported)
+	}
+	return c.CloseWrite()
+}
+
+// ExpectEnd waits for the end of the stream.
+func (s *Stream) ExpectEnd() error {
+	switch err := s.fill(1); err {
+	case io.EOF:
+		return nil
+	case nil:
+		return fmt.Errorf("%d bytes after the end of the transfer: %w", s.w-s.r, ErrCorrupt)
+	default:
+		return fmt.Errorf("waiting for the end of the stream: %w", err)
+	}
 }
 
 // Send sends whole quanta of connection conn's pattern, at least one, until d has passed, and returns the number of
