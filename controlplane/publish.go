@@ -13,8 +13,9 @@ import (
 	"github.com/dstack-gw/dstack-gw/dataplane/routing"
 )
 
-// publishWindow gathers changes before one snapshot is made: registrations come in
-// bursts, and a snapshot a change would only serve the garbage collector.
+// publishWindow is the least time between two snapshots: the first change of a burst is
+// out at once, what follows is gathered. A snapshot a change would only serve the
+// garbage collector.
 const publishWindow = 10 * time.Millisecond
 
 // router is the part of the data plane that routing needs.
@@ -60,6 +61,7 @@ func (p *publisher) run(ctx context.Context, ready chan<- struct{}) {
 	defer feed.Close()
 	p.publish(feed, true)
 	close(ready)
+	last := time.Now()
 	for {
 		rebase := false
 		select {
@@ -69,11 +71,14 @@ func (p *publisher) run(ctx context.Context, ready chan<- struct{}) {
 		case <-p.rebase:
 			rebase = true
 		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-time.After(publishWindow):
+		if d := publishWindow - time.Since(last); d > 0 {
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(d):
+			}
 		}
+		last = time.Now()
 		select {
 		case <-p.rebase:
 			rebase = true

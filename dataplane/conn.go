@@ -854,6 +854,7 @@ func (c *conn) close(why Reason, detail error) {
 	}
 	w := c.w
 	relayed := c.st == stateRelay
+	cut := why == ReasonClientGone || why == ReasonAppGone || why == ReasonInternal
 	c.st = stateClosed
 	w.l.Disarm(&c.tm)
 	c.unwait()
@@ -878,14 +879,15 @@ func (c *conn) close(why Reason, detail error) {
 	if c.won != nil {
 		rec.Instance = c.won.inst.ID
 		c.won.inst.State.Active.Add(-1)
-		// A peer that was cut off must be able to tell that from a clean end.
-		if why == ReasonNormal {
-			c.won.sock.Close(w.l)
-		} else {
+		// A peer whose counterpart was cut off must be able to tell that from a clean
+		// end. Our own limits end a connection as released gateways do, with FIN.
+		if cut {
 			c.won.sock.Reset(w.l)
+		} else {
+			c.won.sock.Close(w.l)
 		}
 	}
-	if relayed && why != ReasonNormal {
+	if relayed && cut {
 		c.cli.Reset(w.l)
 	} else {
 		c.cli.Close(w.l)

@@ -220,7 +220,7 @@ func (l *loader) finishProxy() {
 		p.PolicyHold = p.Timeouts.Connect
 	}
 	if p.ConnectionRebalance && !p.ThreadPerCore {
-		l.warn(Suspicious, "core.proxy.connection_rebalance", "has no effect without core.proxy.thread_per_core")
+		l.warn(Suspicious, "core.proxy.connection_rebalance", "connection_rebalance is set but has no effect without core.proxy.thread_per_core")
 	}
 	if p.KTLS.Enabled && !p.KTLS.Immediate() && !p.TCPSplice.Enabled {
 		l.warn(Suspicious, "core.proxy.ktls", "has no effect: after_bytes and after_duration need [core.proxy.tcp_splice]")
