@@ -20,6 +20,7 @@ func (r *Report) Markdown() string {
 	}
 	fmt.Fprintf(&b, "\nMedian of %d interleaved rounds with [smallest, largest]; x = ratio within a round, median. CPU is the whole machine's\n"+
 		"(client and backend included) without processes outside the bench; *process* CPU is the gateway's process tree.\n", r.Rounds)
+	r.bars(&b)
 	for _, c := range r.Cases {
 		r.table(&b, c)
 	}

@@ -68,6 +68,7 @@ type Report struct {
 	NoiseLimit  float64 `json:"noise_limit"` // share of the machine, 0 to 1
 	Arms        []Arm   `json:"arms"`
 	Cases       []Case  `json:"cases"`
+	Bars        []Bar   `json:"bars,omitempty"`
 	Cells       []Cell  `json:"cells"`
 }
 

@@ -28,6 +28,13 @@ func sample() *Report {
 			{Name: "tls-handshake", Group: "TLS handshakes", Title: "handshakes", Metrics: []Metric{{Key: "process", Title: "process CPU us/connection", Compare: true}}},
 		},
 	}
+	r.Bars = []Bar{
+		{Case: "pass-bulk-down-1", Arm: "ours", Metric: "gbit", Base: "l3", Limit: 1},
+		{Case: "pass-bulk-down-1", Arm: "ours", Metric: "cpu", Base: "haproxy", Limit: 0.2, AtMost: true},
+		{Case: "pass-bulk-down-1", Arm: "ours", Metric: "tracked", Limit: 0, AtMost: true},
+		{Case: "pass-idle", Arm: "ours", Metric: "memory", Base: "l3", Above: true, Limit: 1, AtMost: true},
+		{Case: "tls-handshake", Arm: "ours", Metric: "process", Base: "haproxy", Limit: 0.72, AtMost: true},
+	}
 	add := func(name, arm string, round int, m map[string]float64) {
 		r.Cells = append(r.Cells, Cell{Case: name, Arm: arm, Round: round, Metrics: m})
 	}
@@ -118,6 +125,34 @@ func TestRatio(t *testing.T) {
 	}
 	if got := r.Failed(); len(got) != 1 || got[0].Arm != "ours" {
 		t.Errorf("failed: %+v", got)
+	}
+}
+
+func TestJudge(t *testing.T) {
+	r := sample()
+	// ours / l3 in throughput is 1.1 in all rounds; ours / haproxy in CPU is 0.255, 0.17 and 0.1275.
+	gbit := func(limit float64, atMost bool) Bar {
+		return Bar{Case: "pass-bulk-down-1", Arm: "ours", Metric: "gbit", Base: "l3", Limit: limit, AtMost: atMost}
+	}
+	cpu := func(limit float64) Bar {
+		return Bar{Case: "pass-bulk-down-1", Arm: "ours", Metric: "cpu", Base: "haproxy", Limit: limit, AtMost: true}
+	}
+	memory := func(base string, limit float64) Bar {
+		return Bar{Case: "pass-idle", Arm: "haproxy", Metric: "memory", Base: base, Above: true, Limit: limit, AtMost: true}
+	}
+	for _, c := range []struct {
+		bar  Bar
+		want Verdict
+	}{
+		{gbit(1, false), Met}, {gbit(1.2, false), Missed}, {gbit(1.2, true), Met}, {gbit(1, true), Missed},
+		{cpu(0.3), Met}, {cpu(0.2), MetClose}, {cpu(0.15), MissClose}, {cpu(0.1), Missed},
+		{memory("l3", 10.5), Met}, {memory("l3", 10), Missed}, {memory("absent", 100), Unknown},
+		{Bar{Case: "pass-bulk-down-1", Arm: "ours", Metric: "tracked", AtMost: true}, Met},
+		{Bar{Case: "tls-handshake", Arm: "ours", Metric: "process", Base: "haproxy", Limit: 0.72, AtMost: true}, Unknown},
+	} {
+		if text, got := r.Judge(c.bar); got != c.want {
+			t.Errorf("%+v: %s (%s), want %s", c.bar, got, text, c.want)
+		}
 	}
 }
 

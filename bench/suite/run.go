@@ -62,6 +62,7 @@ func Run(ctx context.Context, o Options) (*report.Report, error) {
 	for _, c := range o.Cases {
 		rep.Cases = append(rep.Cases, c.Describe())
 	}
+	rep.Bars = bars(o.Cases, o.Arms)
 	for round := range o.Rounds {
 		for _, c := range o.Cases {
 			for i := range o.Arms {

@@ -131,6 +131,40 @@ func TestValues(t *testing.T) {
 	}
 }
 
+// Every case has a goal for both paths, and every goal names a metric of its case.
+func TestBars(t *testing.T) {
+	all := Cases(Sizes{Idle: 10})
+	arms := []arm.Arm{arm.L3{}, arm.HAProxy{}, arm.HAProxy{Splice: true}, arm.Nginx{}, arm.Dstack{Label: "ours"}, arm.Dstack{Label: "ours-express"}}
+	got := bars(all, arms)
+	for _, c := range all {
+		metrics := map[string]bool{}
+		for _, m := range c.metrics() {
+			metrics[m.Key] = true
+		}
+		count := map[string]int{}
+		for _, b := range got {
+			if b.Case != c.Name {
+				continue
+			}
+			count[b.Arm]++
+			if !metrics[b.Metric] {
+				t.Errorf("%s: goal for %s, which the case does not have", c.Name, b.Metric)
+			}
+		}
+		if !c.Spec.HalfClose && (count["ours"] == 0 || count["ours-express"] == 0) {
+			t.Errorf("%s: goals %v", c.Name, count)
+		}
+	}
+	for _, b := range bars(all, []arm.Arm{arm.Dstack{Label: "ours"}}) {
+		if b.Base != "" {
+			t.Errorf("goal against an arm that does not take part: %+v", b)
+		}
+	}
+	if got := bars(all, []arm.Arm{arm.L3{}, arm.HAProxy{}}); len(got) != 0 {
+		t.Errorf("goals for peers: %+v", got)
+	}
+}
+
 func options(t *testing.T, arms ...arm.Arm) Options {
 	t.Helper()
 	if os.Geteuid() != 0 {
