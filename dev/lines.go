@@ -142,10 +142,28 @@ func check(ctx context.Context, all []Line, patience time.Duration) (outputs []s
 	return outputs, errors.Join(failed...)
 }
 
-// share asks n times and counts the answers by CVM.
-func share(ctx context.Context, l Line, a app, n int) (map[string]int, error) {
+// share asks n times and counts the answers by CVM. It goes on until every CVM
+// of the app has answered, at most for the time given: one that has just come
+// back is avoided for a while.
+func share(ctx context.Context, l Line, a app, n int, patience time.Duration) (map[string]int, error) {
 	counts := make(map[string]int)
-	for range n {
+	deadline := time.Now().Add(patience)
+	for asked := 0; ; asked++ {
+		missing := ""
+		for _, i := range a.instances {
+			if counts[i.name] == 0 {
+				missing = i.name
+			}
+		}
+		if asked >= n {
+			if missing == "" {
+				return counts, nil
+			}
+			if time.Now().After(deadline) {
+				return counts, fmt.Errorf("%d requests to app %s, none of them reached %s", asked, a.name, missing)
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
 		out, err := l.run(ctx)
 		if err != nil {
 			return counts, err
@@ -153,10 +171,4 @@ func share(ctx context.Context, l Line, a app, n int) (map[string]int, error) {
 		name, _, _ := strings.Cut(out, " ")
 		counts[name]++
 	}
-	for _, i := range a.instances {
-		if counts[i.name] == 0 {
-			return counts, fmt.Errorf("%d requests to app %s, none of them reached %s", n, a.name, i.name)
-		}
-	}
-	return counts, nil
 }

@@ -4,6 +4,7 @@ import (
 	"os/exec"
 	"strings"
 	"testing"
+	"time"
 )
 
 // A shell takes the printed words apart as they were.
@@ -70,12 +71,12 @@ func TestLineRun(t *testing.T) {
 func TestShare(t *testing.T) {
 	a := app{name: "web", instances: []instance{{name: "web-1"}, {name: "web-2"}}}
 	one := Line{Command: []string{"echo", "web-1 x"}, Want: []string{"web-1 "}}
-	if _, err := share(t.Context(), one, a, 3); err == nil || !strings.Contains(err.Error(), "none of them reached web-2") {
+	if _, err := share(t.Context(), one, a, 3, 0); err == nil || !strings.Contains(err.Error(), "none of them reached web-2") {
 		t.Errorf("got %v", err)
 	}
 	dir := t.TempDir()
 	both := Line{Command: []string{"sh", "-c", "cd " + dir + " && if rm turn 2>/dev/null; then echo web-1 x; else touch turn; echo web-2 x; fi"}, Want: []string{"web-"}}
-	counts, err := share(t.Context(), both, a, 4)
+	counts, err := share(t.Context(), both, a, 4, time.Minute)
 	if err != nil || counts["web-1"] != 2 || counts["web-2"] != 2 {
 		t.Errorf("got %v, %v", counts, err)
 	}

@@ -27,8 +27,12 @@ import (
 //
 // There is no forwarding and no firewall rule.
 
-// namespaceDir is where ip-netns(8) keeps its names.
-const namespaceDir = "/run/netns"
+const (
+	// namespaceDir is where ip-netns(8) keeps its names.
+	namespaceDir = "/run/netns"
+	// wireguardDir is where wg(8) looks for userspace devices.
+	wireguardDir = "/run/wireguard"
+)
 
 // checkNetworks refuses networks that this machine uses already.
 func checkNetworks(o *Options) error {
@@ -289,6 +293,10 @@ func removeNetwork(o *Options, cvms []instance) error {
 		if err != nil {
 			failed = append(failed, fmt.Errorf("remove interface %s: %w", name, err))
 		}
+	}
+	// A gateway that was killed leaves the socket of its userspace WireGuard.
+	if err := os.Remove(filepath.Join(wireguardDir, o.tunnel()+".sock")); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		failed = append(failed, fmt.Errorf("remove the socket of interface %s: %w", o.tunnel(), err))
 	}
 	return errors.Join(failed...)
 }

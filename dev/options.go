@@ -35,9 +35,11 @@ type Options struct {
 	Overlay netip.Prefix `json:"overlay"`
 	// WireGuard is auto, kernel or userspace, for gateway and CVMs.
 	WireGuard string `json:"wireguard"`
-	// Refresh is the time between two registrations of a CVM, Poll how often it
-	// looks at its tunnel.
+	// Refresh is the time between two registrations of a CVM, Stale how old its
+	// last handshake may be before it builds its tunnel anew, Poll how often it
+	// looks. A live tunnel has a handshake every two minutes.
 	Refresh time.Duration `json:"refresh"`
+	Stale   time.Duration `json:"stale"`
 	Poll    time.Duration `json:"poll"`
 	// Gateway is the dstack-gw program, Self this one.
 	Gateway string `json:"gateway"`
@@ -63,6 +65,7 @@ func Defaults() Options {
 		Overlay:       netip.MustParsePrefix("10.214.0.0/24"),
 		WireGuard:     cvm.WireGuardAuto,
 		Refresh:       180 * time.Second,
+		Stale:         180 * time.Second,
 		Poll:          10 * time.Second,
 	}
 }
@@ -117,8 +120,8 @@ func (o *Options) Check() error {
 	default:
 		return fmt.Errorf("WireGuard mode %q is none of auto, kernel, userspace", o.WireGuard)
 	}
-	if o.Refresh < time.Second || o.Poll < 100*time.Millisecond {
-		return errors.New("refresh must be at least 1s and poll at least 100ms")
+	if o.Refresh < time.Second || o.Stale < time.Second || o.Poll < 100*time.Millisecond {
+		return errors.New("refresh and stale must be at least 1s, poll at least 100ms")
 	}
 	return nil
 }

@@ -23,6 +23,7 @@ const (
 	gatewayPatience = 30 * time.Second
 	cvmPatience     = 30 * time.Second
 	linePatience    = 30 * time.Second
+	sharePatience   = 30 * time.Second
 	shareRequests   = 20
 )
 
@@ -98,7 +99,7 @@ func Up(ctx context.Context, o Options, out io.Writer) error {
 	if err != nil {
 		return fmt.Errorf("these requests fail:\n  %w\nlook at %s", indent(err), e.log("gateway"))
 	}
-	counts, err := share(ctx, all[1], e.apps[0], shareRequests)
+	counts, err := share(ctx, all[1], e.apps[0], shareRequests, sharePatience)
 	if err != nil {
 		return err
 	}
@@ -106,7 +107,7 @@ func Up(ctx context.Context, o Options, out io.Writer) error {
 	for i, l := range all {
 		fmt.Fprintf(out, "\n# %s\n%s\n#   %s\n", l.Title, l.Shell(), outputs[i])
 	}
-	fmt.Fprintf(out, "\n%d requests for port 8080 of app web:", shareRequests)
+	fmt.Fprintf(out, "\nRequests for port 8080 of app web:")
 	for _, i := range e.apps[0].instances {
 		fmt.Fprintf(out, " %s answered %d", i.name, counts[i.name])
 	}
@@ -225,7 +226,7 @@ func (e *environment) writeCVM(a *app, in instance, ca *ratls.CA, web *webCA, ng
 	c := &cvm.Config{
 		Name: in.name, InstanceID: in.id, Compose: a.compose, ReportPolicy: a.reports,
 		GatewayURL: o.rpcURL(), GatewayAppID: gatewayAppIDHex(), WireGuard: o.WireGuard,
-		Refresh: o.Refresh, Poll: o.Poll,
+		Refresh: o.Refresh, Stale: o.Stale, Poll: o.Poll,
 		Uplink: netip.PrefixFrom(o.guestUplink(in.index), o.Uplink.Bits()),
 		Nginx:  nginx, NginxUser: www, Dir: dir,
 	}

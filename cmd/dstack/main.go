@@ -150,7 +150,8 @@ func up(ctx context.Context, args []string, out, errOut io.Writer) error {
 	f.TextVar(&o.Uplink, "uplink", o.Uplink, "`network` between this machine and the CVMs")
 	f.TextVar(&o.Overlay, "overlay", o.Overlay, "`network` inside the tunnels")
 	f.StringVar(&o.WireGuard, "wireguard", o.WireGuard, "auto, kernel or userspace")
-	f.DurationVar(&o.Refresh, "refresh", o.Refresh, "time between two registrations of a CVM, and age of a handshake at which a tunnel is built anew")
+	f.DurationVar(&o.Refresh, "refresh", o.Refresh, "time between two registrations of a CVM")
+	f.DurationVar(&o.Stale, "stale", o.Stale, "age of the last handshake at which a CVM builds its tunnel anew")
 	f.DurationVar(&o.Poll, "poll", o.Poll, "how often a CVM looks at its tunnel")
 	f.StringVar(&o.Gateway, "gateway", "", "dstack-gw `program` (default: beside this one, then in PATH)")
 	if err := parse(f, args, 0); err != nil {

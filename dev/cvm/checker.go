@@ -16,8 +16,9 @@ const (
 // checker decides when to register again, by the rules of the released guests'
 // gateway checker (guest spec 5.10). Its states are driven by poll and done.
 type checker struct {
-	interval time.Duration // 180 s in guests
-	backoff  func(failures int) time.Duration
+	refresh time.Duration // 180 s in guests
+	stale   time.Duration // 180 s in guests
+	backoff func(failures int) time.Duration
 
 	failures    int
 	retryAt     time.Time
@@ -26,8 +27,8 @@ type checker struct {
 	noHandshake time.Time // when a missing handshake was first seen
 }
 
-func newChecker(interval time.Duration, start time.Time) *checker {
-	return &checker{interval: interval, backoff: retryDelay, refreshed: start}
+func newChecker(refresh, stale time.Duration, start time.Time) *checker {
+	return &checker{refresh: refresh, stale: stale, backoff: retryDelay, refreshed: start}
 }
 
 // retryDelay waits less than guests do (30, 60, 120 s): somebody is looking.
@@ -53,13 +54,13 @@ func (c *checker) poll(now time.Time, haveTunnel bool, handshake time.Time) acti
 	} else {
 		c.noHandshake = time.Time{}
 	}
-	if now.Sub(since) >= c.interval {
-		if !c.forced.IsZero() && now.Sub(c.forced) < c.interval {
+	if now.Sub(since) >= c.stale {
+		if !c.forced.IsZero() && now.Sub(c.forced) < c.stale {
 			return actNothing
 		}
 		return actForce
 	}
-	if now.Sub(c.refreshed) >= c.interval {
+	if now.Sub(c.refreshed) >= c.refresh {
 		return actRegister
 	}
 	return actNothing

@@ -34,7 +34,7 @@ func TestCheckerScenarios(t *testing.T) {
 		}, 2, 2},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			c := newChecker(180*time.Second, start)
+			c := newChecker(180*time.Second, 180*time.Second, start)
 			var forced, refreshed int
 			for at := 0; at < 900; at += 10 {
 				now := start.Add(time.Duration(at) * time.Second)
@@ -64,7 +64,7 @@ func TestCheckerScenarios(t *testing.T) {
 // that.
 func TestCheckerRetries(t *testing.T) {
 	now := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
-	c := newChecker(180*time.Second, now)
+	c := newChecker(180*time.Second, 180*time.Second, now)
 	down := errors.New("refused")
 	for i, wait := range []time.Duration{1, 2, 4, 8, 16, 30, 30} {
 		if a := c.poll(now, false, time.Time{}); a != actRegister {

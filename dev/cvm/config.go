@@ -46,9 +46,10 @@ type Config struct {
 	GatewayAppID string `json:"gateway_app_id"`
 	// WireGuard is one of the WireGuard constants.
 	WireGuard string `json:"wireguard"`
-	// Refresh is the time between two registrations, and how old a handshake may
-	// get before the tunnel counts as dead. Guests take 180 s.
+	// Refresh is the time between two registrations, Stale how old a handshake may
+	// get before the tunnel is built anew. Guests take 180 s for both.
 	Refresh time.Duration `json:"refresh"`
+	Stale   time.Duration `json:"stale"`
 	// Poll is how often that is looked at. Guests take 10 s.
 	Poll time.Duration `json:"poll"`
 
@@ -114,8 +115,8 @@ func (c *Config) check() error {
 	default:
 		return fmt.Errorf("wireguard %q is none of auto, kernel, userspace", c.WireGuard)
 	}
-	if c.Refresh <= 0 || c.Poll <= 0 {
-		return errors.New("refresh and poll must be positive")
+	if c.Refresh <= 0 || c.Stale <= 0 || c.Poll <= 0 {
+		return errors.New("refresh, stale and poll must be positive")
 	}
 	if !c.Uplink.IsValid() {
 		return errors.New("uplink is no address with a mask")

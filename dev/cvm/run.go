@@ -128,7 +128,7 @@ func (g *guest) register(ctx context.Context, key wgtypes.Key) {
 			g.log.Warn(err.Error())
 		}
 	}()
-	c := newChecker(g.Refresh, time.Now())
+	c := newChecker(g.Refresh, g.Stale, time.Now())
 	tick := time.NewTicker(min(g.Poll, time.Second))
 	defer tick.Stop()
 	lastPoll := time.Time{}

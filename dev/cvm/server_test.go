@@ -40,6 +40,7 @@ func testConfig(t *testing.T) *Config {
 		GatewayAppID: strings.Repeat("cd", 20),
 		WireGuard:    WireGuardAuto,
 		Refresh:      180 * time.Second,
+		Stale:        180 * time.Second,
 		Poll:         10 * time.Second,
 		Uplink:       netip.MustParsePrefix("192.0.2.2/24"),
 		Nginx:        "nginx",
