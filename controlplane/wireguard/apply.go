@@ -104,17 +104,13 @@ func (d *Device) Sync(ctx context.Context, peers []Peer) error {
 }
 
 // Upsert adds or changes peers, without waiting for the device. An instance
-// whose key changed loses the old one. The newcomer wins a conflict over an
-// address or key: the registry has decided, and its events may arrive out of
-// order. Invalid peers are skipped and reported in the error.
+// whose key changed loses the old one. Peers of one call may exchange addresses
+// or keys. In a conflict with any other instance the newcomer wins: the
+// registry has decided, and its events may arrive out of order. Invalid peers
+// are skipped and reported in the error.
 func (d *Device) Upsert(peers ...Peer) error {
-	var errs []error
-	for _, p := range peers {
-		if _, err := d.upsert(p); err != nil {
-			errs = append(errs, err)
-		}
-	}
-	return errors.Join(errs...)
+	_, err := d.upsert(peers...)
+	return err
 }
 
 // Apply is Upsert of one peer that returns when the device was asked to take
@@ -135,40 +131,63 @@ func (d *Device) Apply(ctx context.Context, p Peer) error {
 	return b.wait(ctx)
 }
 
-// upsert returns the batch that will carry p, nil if the device has it already.
-func (d *Device) upsert(p Peer) (*batch, error) {
-	p, err := d.checkPeer(p)
-	if err != nil {
-		d.invalid(err)
-		return nil, err
+// upsert returns the batch that will carry the last of peers, nil if the device
+// has it already.
+func (d *Device) upsert(peers ...Peer) (*batch, error) {
+	var errs []error
+	valid := make([]Peer, 0, len(peers))
+	for _, p := range peers {
+		p, err := d.checkPeer(p)
+		if err != nil {
+			d.invalid(err)
+			errs = append(errs, err)
+			continue
+		}
+		valid = append(valid, p)
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.closed {
 		return nil, ErrClosed
 	}
-	if d.want.byID[p.ID] == p {
-		return d.carrier(p), nil
-	}
-	keys := []wgtypes.Key{p.PublicKey}
-	for {
-		id, what, found := d.want.conflict(p)
-		if !found {
-			break
+	var b *batch
+	var keys []wgtypes.Key
+	changed := valid[:0]
+	for _, p := range valid {
+		if d.want.byID[p.ID] == p {
+			b = d.carrier(p)
+			continue
 		}
-		old := d.want.byID[id]
-		d.log.Warn("a WireGuard peer lost its place to another instance",
-			slog.String("instance", id), slog.String("to", p.ID), slog.String("both_have", what), slog.String("ip", p.IP.String()))
-		d.met.evicted.Inc()
-		d.want.drop(id)
-		keys = append(keys, old.PublicKey)
+		changed = append(changed, p)
 	}
-	if old, rekeyed := d.want.put(p); rekeyed {
-		keys = append(keys, old)
+	// All old entries go first, so that what is left in the way of a new one
+	// belongs to somebody who is not in this call.
+	for _, p := range changed {
+		if old, ok := d.want.byID[p.ID]; ok {
+			d.want.drop(p.ID)
+			keys = append(keys, old.PublicKey)
+		}
 	}
-	b := d.touch(keys...)
-	d.markFileDirty()
-	return b, nil
+	for _, p := range changed {
+		for {
+			id, what, found := d.want.conflict(p)
+			if !found {
+				break
+			}
+			d.log.Warn("a WireGuard peer lost its place to another instance",
+				slog.String("instance", id), slog.String("to", p.ID), slog.String("both_have", what), slog.String("ip", p.IP.String()))
+			d.met.evicted.Inc()
+			keys = append(keys, d.want.byID[id].PublicKey)
+			d.want.drop(id)
+		}
+		d.want.put(p)
+		keys = append(keys, p.PublicKey)
+	}
+	if len(keys) > 0 {
+		b = d.touch(keys...)
+		d.markFileDirty()
+	}
+	return b, errors.Join(errs...)
 }
 
 // carrier finds the batch in which an unchanged peer is under way.
@@ -362,7 +381,7 @@ func (d *Device) applyAll(be backend, gen uint64) error {
 		if own.privateKey != nil && *own.privateKey != st.privateKey {
 			c.privateKey = own.privateKey
 		}
-		if *own.listenPort != st.listenPort {
+		if *own.listenPort != st.listenPort && *own.listenPort != 0 { // 0: whichever it has
 			c.listenPort = own.listenPort
 		}
 	}

@@ -110,6 +110,25 @@ func TestSyncCorrectsWhatItFinds(t *testing.T) {
 	})
 }
 
+func TestAnyPortStaysWhatItIs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dev := newFakeDevice()
+		opt := testOptions()
+		opt.ListenPort = 0
+		d := openFake(t, opt, dev, &fakeLinks{})
+		dev.set(func() { dev.own.listenPort = 40001 }) // the kernel's choice
+		for range 2 {
+			if err := d.Sync(t.Context(), testPeers(1, 3)); err != nil {
+				t.Fatal(err)
+			}
+			settle()
+		}
+		if got := dev.own.listenPort; got != 40001 {
+			t.Errorf("port %d, want it left at 40001", got)
+		}
+	})
+}
+
 func TestSyncLeavesOutBadRecords(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dev := newFakeDevice()
@@ -223,8 +242,10 @@ func TestChangesOfKeyAndAddress(t *testing.T) {
 			t.Fatal(err)
 		}
 		settle()
-		// The swap passes through a moment where b has lost its address to a.
 		wantHolds(t, dev, a, b)
+		if n := counterValue(t, d.met.evicted); n != 0 {
+			t.Errorf("a swap within one call evicted %v peers", n)
+		}
 
 		// A newcomer takes an address before the removal of its holder arrives.
 		c := testPeer(3)

@@ -39,7 +39,7 @@ type Options struct {
 	Interface  string       // name, 1 to 15 bytes
 	Address    netip.Prefix // own address with the mask of the whole overlay
 	PrivateKey wgtypes.Key  // zero: the device keeps the key it has
-	ListenPort int          // UDP port
+	ListenPort int          // UDP port, 0: any
 	MTU        int          // of an interface created here, default 1420
 	Mode       Mode         // default Auto; an existing interface is adopted in every mode but None
 	ConfigPath string       // peer file (gateway spec 6.3), empty: none

@@ -41,6 +41,9 @@ const (
 	// modeEnv chooses the mode under test, userspace if unset. The VM script
 	// sets it to kernel.
 	modeEnv = "WIREGUARD_TEST_MODE"
+	// slowEnv, if set, makes fewer changes a second: an emulated CPU is 20
+	// times slower.
+	slowEnv = "WIREGUARD_TEST_SLOW"
 
 	echoPort  = 7000
 	guestPort = 9182
@@ -109,7 +112,7 @@ type guest struct {
 
 // order is what a guest is told; it answers with a line.
 type order struct {
-	Op       string // up, key, stop
+	Op       string // up: addresses and echo; tunnel: a new WireGuard device
 	N        int
 	IP       netip.Addr
 	Private  wgtypes.Key

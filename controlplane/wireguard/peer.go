@@ -109,16 +109,14 @@ func (s *peerSet) conflict(p Peer) (id string, what string, found bool) {
 }
 
 // put stores p in place of whatever had its id. The caller has resolved
-// conflicts. It returns the key of the replaced entry, if that differs.
-func (s *peerSet) put(p Peer) (replaced wgtypes.Key, rekeyed bool) {
-	if old, ok := s.byID[p.ID]; ok {
+// conflicts.
+func (s *peerSet) put(p Peer) {
+	if _, ok := s.byID[p.ID]; ok {
 		s.drop(p.ID)
-		replaced, rekeyed = old.PublicKey, old.PublicKey != p.PublicKey
 	}
 	s.byID[p.ID] = p
 	s.byKey[p.PublicKey] = p.ID
 	s.byIP[p.IP] = p.ID
-	return replaced, rekeyed
 }
 
 func (s *peerSet) drop(id string) {

@@ -19,6 +19,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 	"golang.zx2c4.com/wireguard/wgctrl"
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 )
 
 // realOptions are those of a gateway in the test namespace.
@@ -229,7 +230,10 @@ func TestChangesDoNotDisturbTraffic(t *testing.T) {
 	}()
 
 	start := time.Now()
-	const total = 2000
+	total := 2000
+	if os.Getenv(slowEnv) != "" {
+		total = 400
+	}
 	for n := range total {
 		if err := d.Upsert(testPeer(1000 + n)); err != nil {
 			t.Fatal(err)
@@ -237,7 +241,7 @@ func TestChangesDoNotDisturbTraffic(t *testing.T) {
 		if n >= 300 {
 			d.Remove(testKey(1000 + n - 300))
 		}
-		time.Sleep(time.Until(start.Add(time.Duration(n) * time.Millisecond)))
+		time.Sleep(time.Until(start.Add(2 * time.Second * time.Duration(n) / time.Duration(total))))
 	}
 	took := time.Since(start)
 	cancel()
@@ -249,12 +253,14 @@ func TestChangesDoNotDisturbTraffic(t *testing.T) {
 	p99, worst := r.trips[len(r.trips)*99/100], r.trips[len(r.trips)-1]
 	t.Logf("%d registrations in %v; %d round trips, median %v, p99 %v, worst %v",
 		total, took, len(r.trips), r.trips[len(r.trips)/2], p99, worst)
-	// A lost packet would show as TCP's 200 ms retransmission.
-	if p99 > 150*time.Millisecond || worst > time.Second {
+	// A peer that lost its address or its session would cost TCP several
+	// retransmissions. The margin is for shared and emulated machines; what is
+	// seen on idle ones is some 5 and 30 ms.
+	if p99 > 500*time.Millisecond || worst > 2*time.Second {
 		t.Errorf("round trips took up to %v (p99 %v) during the changes", worst, p99)
 	}
 	eventually(t, "the end state", func() error {
-		if st := d.Status(); !st.InSync || st.Applied != 301 {
+		if st := d.Status(); !st.InSync || st.Applied != 301 /* the last 300 and the guest */ {
 			return errors.New("not in sync")
 		}
 		return nil
@@ -426,4 +432,62 @@ func TestTakenPortAndName(t *testing.T) {
 	if st := d2.Status(); st.Mode != want || !st.Adopted || st.Applied != 2 {
 		t.Errorf("status %+v", st)
 	}
+}
+
+// Thousands of peers in one Sync: requests and dumps that do not fit into one
+// message, and addresses that all move at once.
+func TestManyPeers(t *testing.T) {
+	if !inNetns(t) {
+		return
+	}
+	gatewayNamespace(t)
+	opt := realOptions(t)
+	d := openReal(t, opt)
+	check := func(want []Peer) {
+		t.Helper()
+		st, err := d.be.dump()
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := make(map[wgtypes.Key]devPeer, len(st.peers))
+		for _, p := range st.peers {
+			got[p.key] = p
+		}
+		if len(st.peers) != len(want) || len(got) != len(want) {
+			t.Fatalf("the device has %d peers (%d different), want %d", len(st.peers), len(got), len(want))
+		}
+		for _, p := range want {
+			if dp := got[p.PublicKey]; !dp.holds(p.IP) {
+				t.Fatalf("peer of %s: %+v, want %v", p.ID, dp, p.IP)
+			}
+		}
+	}
+	sync := func(peers []Peer) {
+		t.Helper()
+		start := time.Now()
+		if err := d.Sync(t.Context(), peers); err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("Sync to %d peers took %v", len(peers), time.Since(start))
+		check(peers)
+	}
+	peers := testPeers(1, 2001)
+	sync(peers)
+	sync(peers)
+	// Everybody gets the neighbour's address, in one batch of changes.
+	for i := range peers {
+		peers[i].IP = testIP(1 + (i+1)%len(peers))
+	}
+	if err := d.Upsert(peers...); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the moves", func() error {
+		if st := d.Status(); !st.InSync {
+			return errors.New("not in sync")
+		}
+		return nil
+	})
+	check(peers)
+	sync(peers[:1000])
+	sync(nil)
 }
