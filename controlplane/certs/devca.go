@@ -68,7 +68,7 @@ func LoadOrCreateDevCA(dir string, now func() time.Time) (*DevCA, error) {
 func (ca *DevCA) CertPath() string { return filepath.Join(ca.dir, devCACertFile) }
 
 // Issue makes a key and a certificate for baseDomain and *.baseDomain, valid
-// for a year, in the form Store.Update takes.
+// for a year, in the form Store.Pin takes.
 func (ca *DevCA) Issue(baseDomain string) (Record, error) {
 	domain := canonical(baseDomain)
 	if domain == "" {

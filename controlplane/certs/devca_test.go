@@ -3,6 +3,7 @@ package certs
 import (
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"net"
 	"net/http"
 	"os"
@@ -39,7 +40,7 @@ func TestDevCA(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := s.Update(domain, r); err != nil {
+		if err := s.Pin(domain, r); err != nil {
 			t.Fatal(err)
 		}
 		name := "x." + canonical(domain)
@@ -48,6 +49,13 @@ func TestDevCA(t *testing.T) {
 		if _, _, err := handshake(t, &tls.Config{GetCertificate: s.GetCertificate}, &tls.Config{RootCAs: pool, ServerName: name}); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+	s.Reload(nil)
+	if s.Get("app.localhost") == nil {
+		t.Error("a reload of the store dropped a pinned certificate")
+	}
+	if err := s.Pin("app.localhost", Record{}); !errors.Is(err, ErrExpired) || s.Get("app.localhost") == nil {
+		t.Errorf("pinning a bad record: %v", err)
 	}
 	if _, err := ca.Issue(""); err == nil {
 		t.Error("a certificate for no domain")
@@ -125,7 +133,7 @@ func TestDevCAWithCurl(t *testing.T) {
 	s := newStore(t, Options{})
 	r, err := ca.Issue("app.test")
 	if err == nil {
-		err = s.Update("app.test", r)
+		err = s.Pin("app.test", r)
 	}
 	if err != nil {
 		t.Fatal(err)

@@ -134,9 +134,9 @@ func (id *Identity) Watch(ctx context.Context, interval time.Duration) {
 
 // ServerConfig is for the RPC listener: TLS 1.2 and 1.3, h2 and http/1.1,
 // client certificates verified against the authorities. Every handshake uses
-// the certificate and the authorities of its moment. The config is shared;
-// clone it to change it.
-func (id *Identity) ServerConfig() *tls.Config { return id.base }
+// the certificate and the authorities of its moment. The result is the
+// caller's; each has session ticket keys of its own.
+func (id *Identity) ServerConfig() *tls.Config { return id.base.Clone() }
 
 // ClientConfig is for calls to peers whose names are verified against the first
 // authority, showing the gateway's own certificate. It is as of now: take a new

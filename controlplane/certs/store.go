@@ -131,6 +131,22 @@ func (s *Store) Update(baseDomain string, r Record) error {
 	return nil
 }
 
+// Pin installs a record that, like a static certificate, stays through every
+// Reload and hides a stored record of the same domain. It is for certificates
+// made by DevCA, which no store knows. A rejected one leaves what is installed.
+func (s *Store) Pin(baseDomain string, r Record) error {
+	domain := canonical(baseDomain)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	e, err := s.accept(domain, r)
+	if err != nil {
+		return s.reject(domain, err, "the previous certificate stays")
+	}
+	s.static[domain] = e
+	s.publish()
+	return nil
+}
+
 // Remove withdraws the record of a domain.
 func (s *Store) Remove(baseDomain string) {
 	domain := canonical(baseDomain)

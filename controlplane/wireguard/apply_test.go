@@ -401,6 +401,38 @@ func TestApplyHonoursItsContextAndClose(t *testing.T) {
 	})
 }
 
+// A device that hangs does not hang the gateway's shutdown.
+func TestCloseOfAHangingDevice(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dev := newFakeDevice()
+		d, err := open(t.Context(), testOptions(), fakeSystem(dev, &fakeLinks{}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := d.Sync(t.Context(), nil); err != nil {
+			t.Fatal(err)
+		}
+		hang := make(chan struct{})
+		dev.set(func() { dev.hang = hang })
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if err := d.Apply(ctx, testPeer(1)); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("Apply: %v", err)
+		}
+		if d.Handshakes() == nil || d.Status().InSync {
+			t.Error("readers are not served, or told that all is well")
+		}
+		start := time.Now()
+		if err := d.Close(); err == nil || !strings.Contains(err.Error(), "not answered") {
+			t.Errorf("Close: %v", err)
+		}
+		if took := time.Since(start); took > closeTimeout {
+			t.Errorf("Close took %v", took)
+		}
+		close(hang)
+	})
+}
+
 // An adopted interface that is not WireGuard must not slow registrations down,
 // and is used as soon as it becomes one.
 func TestUnmanagedInterface(t *testing.T) {

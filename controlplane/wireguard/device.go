@@ -30,6 +30,9 @@ const (
 	Unmanaged Mode = "unmanaged" // an adopted interface that is not WireGuard
 )
 
+// closeTimeout bounds Close.
+const closeTimeout = 5 * time.Second
+
 // defaultMTU is what 1500-byte Ethernet leaves after an IPv6 outer header.
 const defaultMTU = 1420
 
@@ -61,7 +64,7 @@ type Options struct {
 	EndpointInterval time.Duration // least time between two saves of endpoints, default 30 s
 
 	// OnRefresh, if set, is called with every new handshake table, one call at
-	// a time. The next refresh waits for it.
+	// a time. The next refresh waits for it, so it must not call Refresh.
 	OnRefresh func(*Table)
 
 	Logger     *slog.Logger          // default slog.Default()
@@ -435,9 +438,18 @@ func (d *Device) Close() error {
 	d.closed = true
 	d.mu.Unlock()
 	d.stop()
-	d.wg.Wait()
+	ended := make(chan struct{})
+	go func() { defer close(ended); d.wg.Wait() }()
+	select {
+	case <-ended:
+	case <-time.After(closeTimeout):
+		// A foreign userspace device may leave its socket open and not answer.
+		return fmt.Errorf("close WireGuard interface %s: the device has not answered for %v", d.opt.Interface, closeTimeout)
+	}
 
 	// One last look, so that a planned restart gives back current endpoints.
+	d.refreshMu.Lock()
+	defer d.refreshMu.Unlock()
 	if _, err := d.read(); err == nil {
 		d.saveEndpoints(true)
 	}

@@ -128,8 +128,7 @@ func (d *Device) noteEndpoints(t *Table) {
 }
 
 // saveEndpoints writes the store if an endpoint changed, or the saved handshake
-// times fell behind so far that a restart would distrust them. refreshMu is
-// held, or the loops have ended.
+// times fell behind so far that a restart would distrust them. refreshMu is held.
 func (d *Device) saveEndpoints(force bool) {
 	if d.opt.Endpoints == nil || (!force && time.Since(d.lastSave) < d.opt.EndpointInterval) {
 		return

@@ -32,14 +32,26 @@ type fakeDevice struct {
 	peers   map[wgtypes.Key]devPeer
 	applies []change
 	dumps   int
-	fail    error      // of apply and dump
-	links   *fakeLinks // if set, the device is there only while its link is
+	fail    error         // of apply and dump
+	links   *fakeLinks    // if set, the device is there only while its link is
+	hang    chan struct{} // if set, requests wait for it
 	closed  bool
 }
 
 func newFakeDevice() *fakeDevice { return &fakeDevice{peers: map[wgtypes.Key]devPeer{}} }
 
+// wait hangs if the test says so.
+func (f *fakeDevice) wait() {
+	f.mu.Lock()
+	hang := f.hang
+	f.mu.Unlock()
+	if hang != nil {
+		<-hang
+	}
+}
+
 func (f *fakeDevice) dump() (*devState, error) {
+	f.wait()
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.dumps++
@@ -63,6 +75,7 @@ func (f *fakeDevice) trouble() error {
 }
 
 func (f *fakeDevice) apply(c change) error {
+	f.wait()
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.applies = append(f.applies, c)

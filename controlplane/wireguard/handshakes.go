@@ -56,12 +56,6 @@ func (d *Device) Refresh(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	d.mu.Lock()
-	closed := d.closed
-	d.mu.Unlock()
-	if closed {
-		return ErrClosed
-	}
 	return d.refresh()
 }
 
@@ -97,6 +91,12 @@ func (d *Device) runRefresh(ctx context.Context) {
 func (d *Device) refresh() error {
 	d.refreshMu.Lock()
 	defer d.refreshMu.Unlock()
+	d.mu.Lock()
+	closed := d.closed
+	d.mu.Unlock()
+	if closed {
+		return ErrClosed // the backend may be, too
+	}
 	t, err := d.read()
 	if err != nil {
 		return err
@@ -109,7 +109,7 @@ func (d *Device) refresh() error {
 }
 
 // read reads the device, publishes the table and looks for drift. refreshMu is
-// held, or the loops have ended.
+// held.
 func (d *Device) read() (*Table, error) {
 	d.mu.Lock()
 	be, gen, mode := d.be, d.gen, d.mode
