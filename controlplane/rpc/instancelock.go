@@ -36,11 +36,3 @@ func (l *instanceLocks) lock(id string) (unlock func()) {
 		l.mu.Unlock()
 	}
 }
-
-// busy reports whether somebody holds or awaits the lock of id.
-func (l *instanceLocks) busy(id string) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	_, ok := l.held[id]
-	return ok
-}

@@ -133,7 +133,19 @@ func (s *Server) applyPeer(ctx context.Context, i registry.Instance) {
 
 // write stores a record. The lock of the instance is held.
 func (s *Server) write(ctx context.Context, i registry.Instance) error {
+	s.writesMu.Lock()
+	s.writing[i.ID] = struct{}{}
+	s.writesMu.Unlock()
 	d, err := s.records.PutInstance(ctx, i)
+	s.writesMu.Lock()
+	delete(s.writing, i.ID)
+	if d == 0 {
+		s.unwritten[i.ID] = struct{}{}
+	} else {
+		// Volatile records are the store's to repeat.
+		delete(s.unwritten, i.ID)
+	}
+	s.writesMu.Unlock()
 	switch {
 	case d == store.Stored:
 	case d == store.Journaled:
@@ -143,20 +155,12 @@ func (s *Server) write(ctx context.Context, i registry.Instance) error {
 	default:
 		s.log.Warn("the record of a CVM may not be stored; it is written again at its next registration", "instance", i.ID, "error", err)
 	}
-	s.unwrittenMu.Lock()
-	defer s.unwrittenMu.Unlock()
-	if d == 0 {
-		s.unwritten[i.ID] = struct{}{}
-	} else {
-		// Volatile records are the store's to repeat.
-		delete(s.unwritten, i.ID)
-	}
 	return err
 }
 
 func (s *Server) isUnwritten(id string) bool {
-	s.unwrittenMu.Lock()
-	defer s.unwrittenMu.Unlock()
+	s.writesMu.Lock()
+	defer s.writesMu.Unlock()
 	_, ok := s.unwritten[id]
 	return ok
 }

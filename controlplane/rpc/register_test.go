@@ -408,6 +408,8 @@ func TestSlowStoreDelaysOneInstance(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	unlock := f.s.LockInstance("fast1")
+	defer unlock()
 	if !f.s.Changing("slow") || f.s.Changing("fast1") {
 		t.Errorf("Changing: slow %v, fast %v", f.s.Changing("slow"), f.s.Changing("fast1"))
 	}

@@ -104,10 +104,12 @@ type Server struct {
 	metrics *metrics
 	locks   instanceLocks
 
-	// unwritten are instances whose last write may not have happened: the next registration writes again even if it
-	// changes nothing.
-	unwrittenMu sync.Mutex
-	unwritten   map[string]struct{}
+	writesMu sync.Mutex
+	// writing are the instances whose record is being written; their locks are held.
+	writing map[string]struct{}
+	// unwritten are those whose last write may not have happened: the next registration writes again even if it changes
+	// nothing.
+	unwritten map[string]struct{}
 
 	view    clusterCache
 	acme    acmeCache
@@ -136,7 +138,7 @@ func New(d Deps) (*Server, error) {
 	if d.KTLS == "" {
 		d.KTLS = KTLSOff
 	}
-	s := &Server{d: d, log: d.Logger, now: d.Now, records: d.Store, metrics: newMetrics(), unwritten: make(map[string]struct{})}
+	s := &Server{d: d, log: d.Logger, now: d.Now, records: d.Store, metrics: newMetrics(), writing: make(map[string]struct{}), unwritten: make(map[string]struct{})}
 	if d.Webhook != nil {
 		s.auth = newAuthorizer(*d.Webhook, d.Now)
 	}
@@ -164,8 +166,14 @@ func (s *Server) Close() {
 // store with the older state.
 func (s *Server) LockInstance(id string) (unlock func()) { return s.locks.lock(id) }
 
-// Changing reports whether somebody holds the lock of an instance, that is, whether a younger record than the stored one
-// is on its way. An event of the store about the instance is then out of date; another one follows.
-func (s *Server) Changing(id string) bool { return s.locks.busy(id) }
+// Changing reports whether a record of an instance is being written that is younger than the stored one. An event of the
+// store about the instance is then out of date; the one of the write follows. False means that LockInstance waits for
+// memory work only, or that the write has just begun or ended.
+func (s *Server) Changing(id string) bool {
+	s.writesMu.Lock()
+	defer s.writesMu.Unlock()
+	_, ok := s.writing[id]
+	return ok
+}
 
 func unix(t time.Time) uint64 { return uint64(max(t.Unix(), 0)) }
