@@ -112,6 +112,7 @@ func (g *Gateway) forget(ctx context.Context, id string) {
 	if _, again := g.reg.Instance(id); again {
 		return // it registered in the meantime
 	}
+	g.pol.forget(id)
 	g.log.Info("recycled an instance without a handshake", "instance", id, "timeout", g.cfg.Core.Recycle.Timeout.String())
 	if d, err := g.store.DeleteInstance(ctx, id); err != nil {
 		g.log.Error("a recycled instance could not be deleted from the store; it comes back at the next start", "instance", id, "durability", d.String(), "error", err)

@@ -34,6 +34,7 @@ type policyFetcher struct {
 	slots     chan struct{}
 	wg        sync.WaitGroup
 	failures  atomic.Uint64
+	last      sync.Map // instance id -> why the last fetch failed; for explain
 }
 
 const fetchLimit = 64
@@ -59,8 +60,14 @@ func (f *policyFetcher) need(id string) {
 		case <-f.ctx.Done():
 			return
 		}
-		if err := f.fetch(id); err != nil && f.ctx.Err() == nil {
+		err := f.fetch(id)
+		if err == nil {
+			f.last.Delete(id)
+			return
+		}
+		if f.ctx.Err() == nil {
 			f.failures.Add(1)
+			f.last.Store(id, err.Error())
 			f.log.Warn("the port policy of an instance is unknown, so its ports stay closed; the next connection asks again", "instance", id, "error", err)
 		}
 	})
@@ -97,6 +104,16 @@ func (f *policyFetcher) fetch(id string) error {
 		backoff = min(backoff*2, f.opt.BackoffMax.Std())
 	}
 }
+
+// lastFailure says why the last fetch for an instance failed, "" if none did.
+func (f *policyFetcher) lastFailure(id string) string {
+	v, _ := f.last.Load(id)
+	s, _ := v.(string)
+	return s
+}
+
+// forget drops what is remembered of an instance that is gone.
+func (f *policyFetcher) forget(id string) { f.last.Delete(id) }
 
 func (f *policyFetcher) url(ip netip.Addr) string {
 	return fmt.Sprintf("http://%s/prpc", net.JoinHostPort(ip.String(), strconv.Itoa(int(f.agentPort))))

@@ -45,7 +45,11 @@ func (g *Gateway) openServers() error {
 		return fmt.Errorf("dashboard: %w", err)
 	}
 	pages := map[string]http.Handler{"/": board, "/dashboard.js": board, "/dashboard.css": board, "/metrics": metrics, "/ready": http.HandlerFunc(g.serveReady)}
-	for path, h := range g.tools() {
+	tools, err := g.tools()
+	if err != nil {
+		return err
+	}
+	for path, h := range tools {
 		pages[path] = h
 	}
 	if cfg.Core.Admin.Pprof {
