@@ -32,11 +32,12 @@
     for (const { name } of [...have.attributes]) if (!want.hasAttribute(name)) have.removeAttribute(name);
     for (const { name, value } of want.attributes) if (have.getAttribute(name) !== value) have.setAttribute(name, value);
     const rows = new Map();
-    for (const child of have.children) if (key(child) !== "") rows.set(key(child), child);
+    for (const child of have.children) if (key(child) !== "" && !rows.has(key(child))) rows.set(key(child), child);
     let at = have.firstChild;
     for (const next of [...want.childNodes]) {
       const row = next.nodeType === Node.ELEMENT_NODE && key(next) !== "" ? rows.get(key(next)) : undefined;
       if (row) {
+        rows.delete(key(row));
         if (row !== at) have.insertBefore(row, at);
         at = row.nextSibling;
         patch(row, next);
