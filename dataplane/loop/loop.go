@@ -59,7 +59,8 @@ type Loop struct {
 	panics   atomic.Uint64
 }
 
-// New returns a loop that is not running yet. It owns two descriptors until Close.
+// New returns a loop that is not running yet. It owns two descriptors until the end
+// of Run, or until Close if it never runs.
 func New(log *slog.Logger) (*Loop, error) {
 	ep, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
 	if err != nil {
@@ -151,11 +152,13 @@ func (l *Loop) Post(fn func()) error {
 		return ErrClosed
 	}
 	l.mail = append(l.mail, fn)
-	l.mu.Unlock()
+	// Under the lock, because shut takes it before it closes the eventfd: a write
+	// after that could hit whatever got the number next.
 	if l.sleeping.Swap(false) {
 		one := uint64(1)
 		_, _, _ = unix.RawSyscall(unix.SYS_WRITE, uintptr(l.wakefd), uintptr(unsafe.Pointer(&one)), 8)
 	}
+	l.mu.Unlock()
 	return nil
 }
 
@@ -166,20 +169,53 @@ func (l *Loop) Stop() {
 	}
 }
 
-// Run serves until Stop. It releases the loop's own descriptors at its end;
-// handlers that are still registered are the owner's to close before.
+// Run serves until Stop. It releases the loop's own descriptors at its end, after
+// all that was posted ran; handlers that are still registered are the owner's to
+// close before.
 func (l *Loop) Run() {
-	defer func() {
-		l.mu.Lock()
-		l.closed = true
-		l.mu.Unlock()
-		unix.Close(l.epfd)
-		unix.Close(l.wakefd)
-		close(l.done)
-	}()
+	defer l.shut()
 	for !l.stop {
 		l.iterate()
 	}
+}
+
+// Close releases a loop on which Run was never called, and will not be. After a
+// Run it does nothing: that released the loop itself.
+func (l *Loop) Close() {
+	l.mu.Lock()
+	closed := l.closed
+	l.mu.Unlock()
+	if !closed {
+		l.shut()
+	}
+}
+
+func (l *Loop) shut() {
+	for {
+		l.mu.Lock()
+		mail := l.mail
+		l.mail = nil
+		l.closed = len(mail) == 0
+		l.mu.Unlock()
+		if len(mail) == 0 {
+			break
+		}
+		l.deliver(mail)
+	}
+	unix.Close(l.epfd)
+	unix.Close(l.wakefd)
+	close(l.done)
+}
+
+func (l *Loop) deliver(mail []func()) {
+	for _, fn := range mail {
+		l.letter(fn)
+	}
+}
+
+func (l *Loop) letter(fn func()) {
+	defer l.Contain(nil)
+	fn()
 }
 
 func (l *Loop) iterate() {
@@ -187,9 +223,7 @@ func (l *Loop) iterate() {
 	mail := l.mail
 	l.mail = nil
 	l.mu.Unlock()
-	for _, fn := range mail {
-		l.guard(nil, func() { fn() })
-	}
+	l.deliver(mail)
 	if len(l.again) > 0 {
 		turn := l.again
 		l.again = l.spare[:0]
@@ -220,9 +254,7 @@ func (l *Loop) iterate() {
 	}
 	n := l.wait(timeout)
 	l.sleeping.Store(false)
-	if n == 0 {
-		return
-	}
+	// Also when only the time ran out: mail is delivered before the next reading.
 	l.now = int64(time.Since(l.base))
 	for i := range n {
 		ev := &l.events[i]
@@ -254,22 +286,19 @@ func (l *Loop) wait(timeout int) int {
 }
 
 func (l *Loop) fire(t *Timer) {
-	defer l.contain(t.H)
+	defer l.Contain(t.H)
 	t.H.Expired(t)
 }
 
 func (l *Loop) dispatch(h Handler, ev Event) {
-	defer l.contain(h)
+	defer l.Contain(h)
 	h.Ready(ev)
 }
 
-func (l *Loop) guard(h any, fn func()) {
-	defer l.contain(h)
-	fn()
-}
-
-// contain turns a panic of one connection into the end of that connection.
-func (l *Loop) contain(h any) {
+// Contain, deferred, turns a panic into the end of the connection h, if h is an
+// Aborter. The loop does this for every callback of a Handler or TimerHandler; code
+// that reaches a connection by Post does it itself.
+func (l *Loop) Contain(h any) {
 	p := recover()
 	if p == nil {
 		return

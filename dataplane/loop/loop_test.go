@@ -84,6 +84,92 @@ func TestPostAfterStop(t *testing.T) {
 	l.Stop() // twice is fine
 }
 
+// A Post that meets a loop whose sleep just timed out must not see the time at
+// which that sleep began: its deadlines would be over before they started.
+func TestMailSeesTheTimeAfterASleep(t *testing.T) {
+	l, err := New(slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	const sleep = 200 * time.Millisecond
+	l.Arm(&Timer{H: timerFunc(func() {})}, sleep)
+	l.iterate() // sleeps until the timer is due
+	slept := int64(time.Since(l.base))
+	if slept < int64(sleep) {
+		t.Fatalf("slept %s only", time.Duration(slept))
+	}
+	var seen int64
+	if err := l.Post(func() { seen = l.Now(); l.stop = true }); err != nil {
+		t.Fatal(err)
+	}
+	l.iterate()
+	if seen < slept-int64(20*time.Millisecond) {
+		t.Errorf("mail ran with a clock %s behind", time.Duration(slept-seen))
+	}
+}
+
+// What was posted before the loop ended runs, even beside Stop: somebody waits for it.
+func TestPostedBesideStopRuns(t *testing.T) {
+	for range 200 {
+		l, err := New(slog.New(slog.DiscardHandler))
+		if err != nil {
+			t.Fatal(err)
+		}
+		go l.Run()
+		var wg sync.WaitGroup
+		for range 4 {
+			wg.Go(func() {
+				for range 20 {
+					ran := make(chan struct{})
+					if l.Post(func() { close(ran) }) != nil {
+						return
+					}
+					select {
+					case <-ran:
+					case <-time.After(5 * time.Second):
+						t.Error("a posted function was lost")
+						return
+					}
+				}
+			})
+		}
+		l.Stop()
+		wg.Wait()
+		if t.Failed() {
+			return
+		}
+	}
+}
+
+func TestCloseOfALoopThatNeverRan(t *testing.T) {
+	before := descriptors(t)
+	for range 10 {
+		l, err := New(slog.New(slog.DiscardHandler))
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.Close()
+		l.Close()
+		if err := l.Post(func() {}); err != ErrClosed {
+			t.Errorf("post: %v", err)
+		}
+		l.Stop()
+	}
+	if after := descriptors(t); after > before {
+		t.Errorf("%d descriptors before, %d after", before, after)
+	}
+}
+
+func descriptors(t *testing.T) int {
+	t.Helper()
+	d, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(d)
+}
+
 func TestTimerWakesSleepingLoop(t *testing.T) {
 	l := start(t, io.Discard)
 	fired := make(chan time.Time, 1)
