@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os/exec"
 	"strings"
 	"time"
@@ -46,8 +47,9 @@ func lines(o *Options, apps []app) []Line {
 	curl := func(host string) []string {
 		return []string{
 			"curl", "--cacert", state{o.StateDir}.webCA(),
-			"--resolve", fmt.Sprintf("%s:%d:%s", host, o.Proxy.Port(), o.Proxy.Addr()),
-			fmt.Sprintf("https://%s:%d/", host, o.Proxy.Port()),
+			// Whatever the name and port, go to the proxy: nothing has to know the names.
+			"--connect-to", "::" + o.reach().String(),
+			"https://" + host + "/",
 		}
 	}
 	platform := func(label string) []string { return curl(label + "." + o.BaseDomain) }
@@ -80,10 +82,18 @@ func lines(o *Options, apps []app) []Line {
 	}
 }
 
+// reach is where programs on this machine reach the proxy.
+func (o *Options) reach() netip.AddrPort {
+	if o.Proxy.Addr().IsUnspecified() {
+		return netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), o.Proxy.Port())
+	}
+	return o.Proxy
+}
+
 // client is the address from which curl on this machine reaches the proxy, as far
 // as that is certain.
 func (o *Options) client() string {
-	if o.Proxy.Addr().IsLoopback() {
+	if o.reach().Addr().IsLoopback() {
 		return "127.0.0.1"
 	}
 	return ""

@@ -36,14 +36,14 @@ func TestLines(t *testing.T) {
 	all := strings.Join(text, "\n")
 	id := apps[0].id
 	for _, want := range []string{
-		"curl --cacert /var/lib/dstack-dev/web-ca.crt --resolve " + id + "-8080.apps.dstack.test:8443:127.0.0.1 https://" + id + "-8080.apps.dstack.test:8443/\n",
-		"https://" + id + ".apps.dstack.test:8443/\n",
-		"https://" + id + "-443s.apps.dstack.test:8443/\n",
-		"https://" + id + "-50051g.apps.dstack.test:8443/\n",
+		"curl --cacert /var/lib/dstack-dev/web-ca.crt --connect-to ::127.0.0.1:8443 https://" + id + "-8080.apps.dstack.test/\n",
+		"https://" + id + ".apps.dstack.test/\n",
+		"https://" + id + "-443s.apps.dstack.test/\n",
+		"https://" + id + "-50051g.apps.dstack.test/\n",
 		"/opt/dstack dev grpc " + id + "-50051g\n",
-		"https://www.shop.test:8443/\n",
-		"https://" + apps[0].instances[1].id + "-8080.apps.dstack.test:8443/\n",
-		"https://" + apps[1].id + "-8080.apps.dstack.test:8443/",
+		"https://www.shop.test/\n",
+		"https://" + apps[0].instances[1].id + "-8080.apps.dstack.test/\n",
+		"https://" + apps[1].id + "-8080.apps.dstack.test/",
 	} {
 		if !strings.Contains(all, want) {
 			t.Errorf("no line %q in\n%s", want, all)

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
 	"github.com/dstack-gw/dstack-gw/dev/cvm"
@@ -42,12 +43,7 @@ func onMachine(t *testing.T) (programs string, inside bool) {
 		bootMachine(t)
 		return dir, true
 	}
-	dir := t.TempDir()
-	build := exec.Command("go", "build", "-o", dir, "../cmd/dstack", "../cmd/dstack-gw")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build the programs: %v\n%s", err, out)
-	}
+	dir := buildPrograms(t)
 	ctx, cancel := context.WithTimeout(t.Context(), storyBudget)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "/proc/self/exe", "-test.run=^"+t.Name()+"$", "-test.v")
@@ -70,6 +66,37 @@ func onMachine(t *testing.T) (programs string, inside bool) {
 	return "", false
 }
 
+// buildPrograms builds once for all tests. TestMain removes the directory.
+func buildPrograms(t *testing.T) string {
+	t.Helper()
+	if builtPrograms != "" {
+		return builtPrograms
+	}
+	dir, err := os.MkdirTemp("", "dstack-dev-test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	builtPrograms = dir
+	// Root is asked to build in a checkout of somebody else: git would refuse.
+	build := exec.Command("go", "build", "-buildvcs=false", "-o", dir, "../cmd/dstack", "../cmd/dstack-gw")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build the programs: %v\n%s", err, out)
+	}
+	return dir
+}
+
+var builtPrograms string
+
+func TestMain(m *testing.M) {
+	goleak.VerifyTestMain(m, goleak.Cleanup(func(code int) {
+		if builtPrograms != "" {
+			os.RemoveAll(builtPrograms)
+		}
+		os.Exit(code)
+	}))
+}
+
 // bootMachine gives the machine its own /proc and /run.
 func bootMachine(t *testing.T) {
 	t.Helper()
@@ -82,6 +109,7 @@ func bootMachine(t *testing.T) {
 	must(unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""))
 	must(unix.Mount("proc", "/proc", "proc", 0, ""))
 	must(unix.Mount("tmpfs", "/run", "tmpfs", 0, "mode=755"))
+	must(unix.Mount("tmpfs", "/var/lib", "tmpfs", 0, "mode=755")) // DefaultStateDir
 	// As a machine has them that once used either.
 	must(os.Mkdir("/run/netns", 0o755))
 	must(os.Mkdir("/run/wireguard", 0o755))
@@ -109,18 +137,17 @@ func (u *person) dstack(args ...string) string {
 }
 
 func (u *person) try(args ...string) (string, error) {
-	args = append([]string{"dev", args[0], "--state", u.state}, args[1:]...)
-	if args[1] == "up" {
+	if args[0] == "up" {
 		args = append(args, u.extra...)
 	}
-	out, err := exec.Command(u.path, args...).CombinedOutput()
+	out, err := exec.Command(u.path, append([]string{"dev"}, args...)...).CombinedOutput()
 	return string(out), err
 }
 
 // get asks a label for its page, as one connection.
 func (u *person) get(host string) (string, error) {
 	cmd := exec.Command("curl", "-sS", "--fail", "--max-time", "10", "--cacert", state{u.state}.webCA(),
-		"--resolve", host+":8443:127.0.0.1", "https://"+host+":8443/")
+		"--connect-to", "::127.0.0.1:8443", "https://"+host+"/")
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
@@ -201,13 +228,43 @@ func machineView(t *testing.T) string {
 	return b.String()
 }
 
+// pasteREADME runs the README's example lines at the top of a checkout.
+func pasteREADME(t *testing.T, programs string) {
+	t.Helper()
+	text, err := os.ReadFile("../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, block, found := strings.Cut(string(text), "```sh\nCA=")
+	block, _, closed := strings.Cut(block, "```")
+	if !found || !closed {
+		t.Fatal("the README has no block of lines that begins with CA=")
+	}
+	checkout := t.TempDir()
+	if err := os.Symlink(programs, filepath.Join(checkout, "bin")); err != nil {
+		t.Fatal(err)
+	}
+	lines := strings.Split(strings.TrimSpace("CA="+block), "\n")
+	for _, l := range lines[1:] {
+		cmd := exec.Command("sh", "-c", lines[0]+"\n"+l)
+		cmd.Dir = checkout
+		out, err := cmd.CombinedOutput()
+		if err != nil || !strings.Contains(string(out), "web-") {
+			t.Errorf("from the README: %s\n%v: %s", l, err, out)
+		}
+	}
+	if len(lines) < 8 {
+		t.Errorf("the README has only %d lines", len(lines))
+	}
+}
+
 func TestStory(t *testing.T) {
 	programs, inside := onMachine(t)
 	if !inside {
 		return
 	}
 	u := &person{
-		t: t, path: filepath.Join(programs, "dstack"), state: filepath.Join(t.TempDir(), "dev"),
+		t: t, path: filepath.Join(programs, "dstack"), state: DefaultStateDir,
 		extra: []string{"--refresh", "2s", "--poll", "500ms"},
 	}
 	apps, err := plan()
@@ -287,6 +344,8 @@ func TestStory(t *testing.T) {
 			t.Errorf("%s: %q, %v", l.Shell(), got, err)
 		}
 	}
+
+	pasteREADME(t, programs)
 
 	// A port that the app did not open.
 	if got, err := u.get(web.id + "-8090.apps.dstack.test"); err == nil {
@@ -398,7 +457,7 @@ func TestStoryGatewayFails(t *testing.T) {
 	if !inside {
 		return
 	}
-	u := &person{t: t, path: filepath.Join(programs, "dstack"), state: filepath.Join(t.TempDir(), "dev")}
+	u := &person{t: t, path: filepath.Join(programs, "dstack"), state: DefaultStateDir}
 	taken, err := net.Listen("tcp", "127.0.0.1:8443")
 	if err != nil {
 		t.Fatal(err)

@@ -365,16 +365,12 @@ func (e *environment) bringUpGateway(ctx context.Context) error {
 // zone is what the DNS server says: the custom domain belongs to the first app,
 // and every app is at the proxy's address.
 func (e *environment) zone() *Zone {
-	address := e.opt.Proxy.Addr()
-	if address.IsUnspecified() {
-		address = netip.AddrFrom4([4]byte{127, 0, 0, 1})
-	}
 	return &Zone{
 		TXT: map[string]string{
 			"_dstack-app-address." + e.opt.CustomDomain: fmt.Sprintf("%s:%d", e.apps[0].id, cvm.PortTLS),
 		},
 		Domain:  e.opt.BaseDomain,
-		Address: address,
+		Address: e.opt.reach().Addr(),
 	}
 }
 
@@ -438,8 +434,7 @@ func (e *environment) writeFacts(all []Line) error {
 	var b bytes.Buffer
 	enc := json.NewEncoder(&b)
 	enc.SetIndent("", "  ")
-	proxy := netip.AddrPortFrom(e.zone().Address, e.opt.Proxy.Port())
-	if err := enc.Encode(Facts{BaseDomain: e.opt.BaseDomain, Proxy: proxy.String(), WebCA: e.webCA(), Lines: all}); err != nil {
+	if err := enc.Encode(Facts{BaseDomain: e.opt.BaseDomain, Proxy: e.opt.reach().String(), WebCA: e.webCA(), Lines: all}); err != nil {
 		return err
 	}
 	return writePublic(e.facts(), b.Bytes())

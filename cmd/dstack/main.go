@@ -20,8 +20,11 @@ import (
 	"github.com/dstack-gw/dstack-gw/dev/cvm"
 )
 
-// version is set by the linker.
-var version = "unknown"
+// Set by the linker (make build).
+var (
+	version  = "0.6.0"
+	revision = "0000000000000000000000000000000000000000"
+)
 
 const usage = `Usage: dstack dev <command> [flags]
        dstack version
@@ -57,7 +60,7 @@ func main() {
 func run(ctx context.Context, args []string, out, errOut io.Writer) error {
 	switch {
 	case len(args) == 1 && (args[0] == "version" || args[0] == "--version"):
-		fmt.Fprintln(out, "dstack", version)
+		fmt.Fprintf(out, "dstack v%s (git:%.20s)\n", version, revision)
 		return nil
 	case len(args) == 1 && (args[0] == "-h" || args[0] == "--help" || args[0] == "help"):
 		fmt.Fprint(out, usage)
