@@ -51,71 +51,70 @@ func (c *Candidates) Filter(keep func(*Instance) bool) {
 	c.n = k
 }
 
+// enough healthy instances to look at for one choice: two dozen samples balance well,
+// and a large app need not be walked to its end.
+const enough = 24
+
+// rank orders candidates, best first. The last field decides between equals: order
+// in the list must not, or the one that follows many unhealthy ones gets their share.
+type rank struct {
+	failed bool
+	active int64
+	chance uint32
+}
+
+func (r rank) before(o rank) bool {
+	switch {
+	case r.failed != o.failed:
+		return o.failed
+	case r.active != o.active:
+		return r.active < o.active
+	}
+	return r.chance < o.chance
+}
+
 // Choose fills c with the instances to try for one connection to app, best first.
 // Healthy means a WireGuard handshake younger than Stale. Load is spread by open
-// connections; an instance that failed lately comes last but is never left out
-// when nothing else is healthy. unix is the wall clock in seconds, mono the
-// monotonic clock of State.FailedAt in ns.
+// connections, or by chance alone where TopN is 0; an instance that failed lately
+// comes last but is never left out when nothing else is healthy. unix is the wall
+// clock in seconds, mono the monotonic clock of State.FailedAt in ns.
 func (a *App) Choose(c *Candidates, sel Selection, unix, mono int64) {
 	c.n = 0
 	stale := int64(sel.Stale / time.Second)
-	healthy := func(i *Instance) bool {
-		h := i.State.Handshake.Load()
-		return h > 0 && unix-h < stale
-	}
-	if sel.TopN == 0 {
-		start := rand.IntN(len(a.Instances))
-		for k := range a.Instances {
-			if i := a.Instances[(start+k)%len(a.Instances)]; healthy(i) {
-				c.Add(i)
-				return
-			}
-		}
-		return
-	}
-	want := min(sel.TopN, MaxCandidates)
-
-	// Keep the best `want` in c, ordered. Ties are broken by where the walk begins,
-	// which is random, so equal instances share the load.
-	type key struct {
-		failed bool
-		active int64
-	}
-	rank := func(i *Instance) key {
-		f := i.State.FailedAt.Load()
-		return key{f != 0 && mono-f < int64(sel.Penalty), i.State.Active.Load()}
-	}
-	less := func(x, y key) bool {
-		if x.failed != y.failed {
-			return y.failed
-		}
-		return x.active < y.active
-	}
-	var keys [MaxCandidates]key
+	want := min(max(sel.TopN, 1), MaxCandidates)
+	var ranks [MaxCandidates]rank
 	n := len(a.Instances)
-	start := rand.IntN(n)
+	dice := rand.Uint64() | 1
+	start := int(dice>>1) % n
+	seen := 0
 	for k := range n {
 		i := a.Instances[(start+k)%n]
-		if !healthy(i) {
+		if h := i.State.Handshake.Load(); h <= 0 || unix-h >= stale {
 			continue
 		}
-		rk := rank(i)
+		seen++
+		dice *= 0x5851f42d4c957f2d // a step of a multiplicative generator
+		r := rank{chance: uint32(dice >> 32)}
+		if f := i.State.FailedAt.Load(); f != 0 && mono-f < int64(sel.Penalty) {
+			r.failed = true
+		}
+		if sel.TopN > 0 {
+			r.active = i.State.Active.Load()
+		}
 		at := c.n
-		for at > 0 && less(rk, keys[at-1]) {
+		for at > 0 && r.before(ranks[at-1]) {
 			at--
 		}
-		if at >= want {
-			continue
+		if at < want {
+			if c.n < want {
+				c.n++
+			}
+			copy(c.list[at+1:c.n], c.list[at:c.n-1])
+			copy(ranks[at+1:c.n], ranks[at:c.n-1])
+			c.list[at], ranks[at] = i, r
 		}
-		if c.n < want {
-			c.n++
-		}
-		copy(c.list[at+1:c.n], c.list[at:c.n-1])
-		copy(keys[at+1:c.n], keys[at:c.n-1])
-		c.list[at], keys[at] = i, rk
-		// A large app need not be walked to its end: two dozen samples balance well.
-		if k >= 24 && c.n == want && !keys[c.n-1].failed {
-			break
+		if seen >= enough && c.n == want && !ranks[c.n-1].failed {
+			return
 		}
 	}
 }
