@@ -36,7 +36,7 @@ type Source interface {
 	GetGlobalConnections(context.Context, *emptypb.Empty) (*gatewaypb.GlobalConnectionsStats, error)
 	WaveKvStatus(context.Context, *emptypb.Empty) (*gatewaypb.WaveKvStatusResponse, error)
 	GetCertbotConfig(context.Context, *emptypb.Empty) (*gatewaypb.CertbotConfigResponse, error)
-	ListDnsCredentials(context.Context, *emptypb.Empty) (*gatewaypb.ListDnsCredentialsResponse, error)
+	ListDNSCredentials(context.Context, *emptypb.Empty) (*gatewaypb.ListDnsCredentialsResponse, error)
 	ListZtDomains(context.Context, *emptypb.Empty) (*gatewaypb.ListZtDomainsResponse, error)
 	AcmeInfo(context.Context, *emptypb.Empty) (*gatewaypb.AcmeInfoResponse, error)
 }
@@ -179,7 +179,7 @@ func (d *Dashboard) view(r *http.Request) *view {
 		Version: d.o.Version, AssetHash: d.assetHash, Now: d.o.Now(), Filter: strings.TrimSpace(r.URL.Query().Get("q")),
 		Status: ask(ctx, s.Status), Meta: ask(ctx, s.GetMeta), Statuses: ask(ctx, s.GetNodeStatuses),
 		Connections: ask(ctx, s.GetGlobalConnections), Store: ask(ctx, s.WaveKvStatus), Certbot: ask(ctx, s.GetCertbotConfig),
-		Credentials: ask(ctx, s.ListDnsCredentials), Domains: ask(ctx, s.ListZtDomains), Acme: ask(ctx, s.AcmeInfo),
+		Credentials: ask(ctx, s.ListDNSCredentials), Domains: ask(ctx, s.ListZtDomains), Acme: ask(ctx, s.AcmeInfo),
 	}
 	if d.o.QueryToken != nil {
 		v.Token, _ = d.o.QueryToken(ctx)

@@ -56,7 +56,7 @@ func (f *fixed) WaveKvStatus(context.Context, *emptypb.Empty) (*gatewaypb.WaveKv
 func (f *fixed) GetCertbotConfig(context.Context, *emptypb.Empty) (*gatewaypb.CertbotConfigResponse, error) {
 	return f.bot, f.err
 }
-func (f *fixed) ListDnsCredentials(context.Context, *emptypb.Empty) (*gatewaypb.ListDnsCredentialsResponse, error) {
+func (f *fixed) ListDNSCredentials(context.Context, *emptypb.Empty) (*gatewaypb.ListDnsCredentialsResponse, error) {
 	return f.creds, f.err
 }
 func (f *fixed) ListZtDomains(context.Context, *emptypb.Empty) (*gatewaypb.ListZtDomainsResponse, error) {

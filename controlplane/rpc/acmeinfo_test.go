@@ -18,6 +18,8 @@ import (
 	"math/big"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -397,4 +399,32 @@ func TestMarshalledExtrasAreJSON(t *testing.T) {
 	if err := prpc.Unmarshal(text, back); err != nil || back.GetAccountUri() != a.msg.GetAccountUri() {
 		t.Errorf("%v %v", back, err)
 	}
+}
+
+// FuzzAcmeQuery: whatever anybody asks for, the answer is JSON and not larger than the limit.
+func FuzzAcmeQuery(f *testing.F) {
+	for _, q := range []string{"limit=2", "since=3&limit=1", "limit=0", "since=-1", "limit=99999999999999999999", "since=%zz&limit=1;x", "limit=1&limit=5"} {
+		f.Add(q)
+	}
+	all := &acmeInfo{msg: new(gatewaypb.AcmeInfoResponse)}
+	for n := range 5 {
+		all.msg.QuotedHistKeys = append(all.msg.QuotedHistKeys, &gatewaypb.QuotedPublicKey{PublicKey: []byte{byte(n)}})
+		all.at = append(all.at, uint64(n))
+	}
+	f.Fuzz(func(t *testing.T, raw string) {
+		query, _ := url.ParseQuery(raw) // as URL.Query does, which drops what it cannot read
+		part, err := all.since(query)
+		if err != nil {
+			return
+		}
+		var got struct {
+			Keys []json.RawMessage `json:"quoted_hist_keys"`
+		}
+		if err := json.Unmarshal(part.json, &got); err != nil {
+			t.Fatal(err)
+		}
+		if limit, err := strconv.Atoi(query.Get("limit")); err == nil && len(got.Keys) > limit {
+			t.Fatalf("%d keys for %q", len(got.Keys), raw)
+		}
+	})
 }

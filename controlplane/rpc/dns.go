@@ -49,8 +49,8 @@ func redact(secret string) string {
 	return string(r[:4]) + "..." + string(r[len(r)-4:])
 }
 
-// ListDnsCredentials lists all credentials, tokens redacted, and names the default.
-func (s *Server) ListDnsCredentials(context.Context, *emptypb.Empty) (*gatewaypb.ListDnsCredentialsResponse, error) {
+// ListDNSCredentials lists all credentials, tokens redacted, and names the default.
+func (s *Server) ListDNSCredentials(context.Context, *emptypb.Empty) (*gatewaypb.ListDnsCredentialsResponse, error) {
 	resp := new(gatewaypb.ListDnsCredentialsResponse)
 	for _, c := range s.d.Store.DNSCredentials() {
 		resp.Credentials = append(resp.Credentials, s.credentialInfo(c))
@@ -61,8 +61,8 @@ func (s *Server) ListDnsCredentials(context.Context, *emptypb.Empty) (*gatewaypb
 	return resp, nil
 }
 
-// GetDnsCredential shows one credential, its token redacted.
-func (s *Server) GetDnsCredential(_ context.Context, req *gatewaypb.GetDnsCredentialRequest) (*gatewaypb.DnsCredentialInfo, error) {
+// GetDNSCredential shows one credential, its token redacted.
+func (s *Server) GetDNSCredential(_ context.Context, req *gatewaypb.GetDnsCredentialRequest) (*gatewaypb.DnsCredentialInfo, error) {
 	c, ok := s.d.Store.DNSCredential(req.GetId())
 	if !ok {
 		return nil, errCredential
@@ -70,8 +70,8 @@ func (s *Server) GetDnsCredential(_ context.Context, req *gatewaypb.GetDnsCreden
 	return s.credentialInfo(c), nil
 }
 
-// CreateDnsCredential stores a new credential.
-func (s *Server) CreateDnsCredential(ctx context.Context, req *gatewaypb.CreateDnsCredentialRequest) (*gatewaypb.DnsCredentialInfo, error) {
+// CreateDNSCredential stores a new credential.
+func (s *Server) CreateDNSCredential(ctx context.Context, req *gatewaypb.CreateDnsCredentialRequest) (*gatewaypb.DnsCredentialInfo, error) {
 	if req.GetProviderType() != cloudflare {
 		return nil, fmt.Errorf("unsupported provider type: %s", req.GetProviderType())
 	}
@@ -145,8 +145,8 @@ func checkAPIURL(text string) error {
 	return nil
 }
 
-// UpdateDnsCredential changes the fields that are present.
-func (s *Server) UpdateDnsCredential(ctx context.Context, req *gatewaypb.UpdateDnsCredentialRequest) (*gatewaypb.DnsCredentialInfo, error) {
+// UpdateDNSCredential changes the fields that are present.
+func (s *Server) UpdateDNSCredential(ctx context.Context, req *gatewaypb.UpdateDnsCredentialRequest) (*gatewaypb.DnsCredentialInfo, error) {
 	token := ""
 	if req.CfApiToken != nil {
 		var err error
@@ -185,8 +185,8 @@ func (s *Server) UpdateDnsCredential(ctx context.Context, req *gatewaypb.UpdateD
 	return s.credentialInfo(c), nil
 }
 
-// DeleteDnsCredential removes a credential that is neither the default nor named by a domain.
-func (s *Server) DeleteDnsCredential(ctx context.Context, req *gatewaypb.DeleteDnsCredentialRequest) (*emptypb.Empty, error) {
+// DeleteDNSCredential removes a credential that is neither the default nor named by a domain.
+func (s *Server) DeleteDNSCredential(ctx context.Context, req *gatewaypb.DeleteDnsCredentialRequest) (*emptypb.Empty, error) {
 	err := s.d.Store.DeleteDNSCredential(ctx, req.GetId())
 	switch {
 	case errors.Is(err, store.ErrNotFound):
@@ -198,8 +198,8 @@ func (s *Server) DeleteDnsCredential(ctx context.Context, req *gatewaypb.DeleteD
 	return &emptypb.Empty{}, nil
 }
 
-// GetDefaultDnsCredential shows the default credential; an empty id if there is none.
-func (s *Server) GetDefaultDnsCredential(context.Context, *emptypb.Empty) (*gatewaypb.GetDefaultDnsCredentialResponse, error) {
+// GetDefaultDNSCredential shows the default credential; an empty id if there is none.
+func (s *Server) GetDefaultDNSCredential(context.Context, *emptypb.Empty) (*gatewaypb.GetDefaultDnsCredentialResponse, error) {
 	resp := &gatewaypb.GetDefaultDnsCredentialResponse{DefaultId: s.d.Store.DefaultDNSCredential()}
 	if c, ok := s.d.Store.DNSCredential(resp.DefaultId); ok {
 		resp.Credential = s.credentialInfo(c)
@@ -207,8 +207,8 @@ func (s *Server) GetDefaultDnsCredential(context.Context, *emptypb.Empty) (*gate
 	return resp, nil
 }
 
-// SetDefaultDnsCredential chooses the credential of the domains that name none.
-func (s *Server) SetDefaultDnsCredential(ctx context.Context, req *gatewaypb.SetDefaultDnsCredentialRequest) (*emptypb.Empty, error) {
+// SetDefaultDNSCredential chooses the credential of the domains that name none.
+func (s *Server) SetDefaultDNSCredential(ctx context.Context, req *gatewaypb.SetDefaultDnsCredentialRequest) (*emptypb.Empty, error) {
 	err := s.d.Store.SetDefaultDNSCredential(ctx, req.GetId())
 	switch {
 	case errors.Is(err, store.ErrNotFound):

@@ -3,7 +3,6 @@ package rpc
 import (
 	"bytes"
 	"context"
-	"errors"
 
 	"google.golang.org/protobuf/types/known/emptypb"
 
@@ -19,15 +18,25 @@ func (s *Server) Info(context.Context, *emptypb.Empty) (*gatewaypb.InfoResponse,
 	}, nil
 }
 
+// wireText is an error whose text clients know, upper case and all.
+type wireText string
+
+func (t wireText) Error() string { return string(t) }
+
+const (
+	errNoClientCert wireText = "Client authentication is required"
+	errNotGateway   wireText = "Remote app id is not from dstack-gateway"
+)
+
 // GetPeers lists the known gateways for callers with the own app id in their certificate.
 func (s *Server) GetPeers(ctx context.Context, _ *emptypb.Empty) (*gatewaypb.GetPeersResponse, error) {
 	if !s.d.SkipAttestation {
 		id := ratls.FromContext(ctx)
 		switch {
 		case id.AppID == nil:
-			return nil, errors.New("Client authentication is required")
+			return nil, errNoClientCert
 		case len(s.d.Self.AppID) == 0 || !bytes.Equal(id.AppID, s.d.Self.AppID):
-			return nil, errors.New("Remote app id is not from dstack-gateway")
+			return nil, errNotGateway
 		}
 	}
 	resp := &gatewaypb.GetPeersResponse{MyId: s.d.Self.NodeID, MyUrl: s.d.Self.URL}

@@ -104,8 +104,8 @@ func (s *Server) Exit(_ context.Context, req *gatewaypb.ExitRequest) (*emptypb.E
 	return &emptypb.Empty{}, nil
 }
 
-// SetNodeUrl records the RPC URL of a node.
-func (s *Server) SetNodeUrl(ctx context.Context, req *gatewaypb.SetNodeUrlRequest) (*emptypb.Empty, error) {
+// SetNodeURL records the RPC URL of a node.
+func (s *Server) SetNodeURL(ctx context.Context, req *gatewaypb.SetNodeUrlRequest) (*emptypb.Empty, error) {
 	if err := checkNodeURL(req.GetUrl()); err != nil {
 		return nil, fmt.Errorf("invalid node url: %w", err)
 	}

@@ -30,6 +30,15 @@ type Webhook struct {
 	Client *http.Client
 }
 
+// What operators of gateways know and search for in logs.
+const (
+	textUnauthorized = "App authorization failed"
+	textNotSent      = "Failed to send request"
+	textNotOK        = "Request failed"
+
+	errAuthTimeout wireText = "Auth timeout: deadline has elapsed"
+)
+
 // maxCached bounds the answers that are remembered: one for each instance of a large platform.
 const maxCached = 50_000
 
@@ -61,14 +70,14 @@ func newAuthorizer(w Webhook, now func() time.Time) *authorizer {
 func (a *authorizer) authorize(ctx context.Context, info *ratls.AppInfo) error {
 	body, err := json.Marshal(info)
 	if err != nil {
-		return fmt.Errorf("App authorization failed: failed to encode the app info: %w", err)
+		return fmt.Errorf("%s: failed to encode the app info: %w", textUnauthorized, err)
 	}
 	key := sha256.Sum256(body)
 	if a.w.Cache > 0 && a.remembered(key) {
 		return nil
 	}
 	if err := a.ask(ctx, body); err != nil {
-		return fmt.Errorf("App authorization failed: %w", err)
+		return fmt.Errorf("%s: %w", textUnauthorized, err)
 	}
 	if a.w.Cache > 0 {
 		a.remember(key)
@@ -84,21 +93,21 @@ func (a *authorizer) ask(ctx context.Context, body []byte) error {
 	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, a.w.URL, bytes.NewReader(body))
 	if err != nil {
-		return fmt.Errorf("Failed to send request: core.auth.url: %w", withoutURL(err))
+		return fmt.Errorf("%s: core.auth.url: %w", textNotSent, withoutURL(err))
 	}
 	req.Header.Set("Content-Type", "application/json")
 	resp, err := a.w.Client.Do(req)
 	if err != nil {
 		if errors.Is(err, context.DeadlineExceeded) {
-			return errors.New("Auth timeout: deadline has elapsed")
+			return errAuthTimeout
 		}
-		return fmt.Errorf("Failed to send request: %w", withoutURL(err))
+		return fmt.Errorf("%s: %w", textNotSent, withoutURL(err))
 	}
 	// A short body is read so that the connection can be used again; nobody looks at it.
 	_, _ = io.CopyN(io.Discard, resp.Body, 16<<10)
 	resp.Body.Close()
 	if resp.StatusCode < 200 || resp.StatusCode > 299 {
-		return fmt.Errorf("Request failed: the authorization service answered with status %s", resp.Status)
+		return fmt.Errorf("%s: the authorization service answered with status %s", textNotOK, resp.Status)
 	}
 	return nil
 }

@@ -27,17 +27,17 @@ func TestWebhook(t *testing.T) {
 		case "/created":
 			w.WriteHeader(204)
 		case "/no":
-			http.Error(w, "secret reason", 403)
+			http.Error(w, "secret reason", http.StatusForbidden)
 		case "/broken":
 			w.WriteHeader(500)
 		case "/see-other":
-			http.Redirect(w, r, "/ok", 303)
+			http.Redirect(w, r, "/ok", http.StatusSeeOther)
 		case "/temporary":
-			http.Redirect(w, r, "/ok", 307)
+			http.Redirect(w, r, "/ok", http.StatusTemporaryRedirect)
 		case "/loop":
-			http.Redirect(w, r, "/loop", 307)
+			http.Redirect(w, r, "/loop", http.StatusTemporaryRedirect)
 		case "/to-no":
-			http.Redirect(w, r, "/no", 302)
+			http.Redirect(w, r, "/no", http.StatusFound)
 		case "/not-modified":
 			w.WriteHeader(304)
 		case "/slow":
