@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"runtime/debug"
 	"syscall"
 
@@ -130,6 +131,7 @@ func daemon(path string, stderr io.Writer) int {
 		log.Warn(w.Text, "key", w.Key, "file", filepath.Base(w.File), "line", w.Line)
 	}
 	tuneMemory()
+	tuneScheduler(min(cfg.Core.Proxy.Workers, runtime.NumCPU()))
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	g, err := controlplane.New(ctx, controlplane.Options{Config: cfg, Logger: log, Version: version, Revision: revision, Env: os.Getenv})
@@ -157,6 +159,18 @@ func logger(cfg *config.Config, w io.Writer) *slog.Logger {
 	}
 	slog.SetDefault(l)
 	return l
+}
+
+// tuneScheduler gives each event loop a processor of the Go scheduler beside those of
+// the other goroutines. A loop sleeps in epoll_wait, and as long as another processor
+// is idle its own is not taken away meanwhile: with GOMAXPROCS equal to the CPUs the
+// runtime's monitor thread did that every 20 us and took 11 % of the process's time
+// in the connection set-up benchmark; and a loop that wakes up never waits for control
+// plane work to be preempted. GOMAXPROCS, where set, decides instead.
+func tuneScheduler(loops int) {
+	if os.Getenv("GOMAXPROCS") == "" {
+		runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + loops)
+	}
 }
 
 // tuneMemory trades memory for fewer collections: handshakes leave much short-lived
