@@ -273,14 +273,12 @@ const (
 
 // Store is the etcd that holds registrations, certificates and settings.
 type Store struct {
-	Mode          string // StoreEmbedded, StoreExternal
-	DataDir       string // filled in when the file leaves it empty
-	Endpoints     []string
-	Username      string
-	PasswordFile  string
-	TLS           StoreTLS
-	SnapshotCount uint64
-	QuotaBytes    Size
+	Mode         string // StoreEmbedded, StoreExternal
+	Endpoints    []string
+	Username     string
+	PasswordFile string
+	TLS          StoreTLS
+	QuotaBytes   Size
 }
 
 // StoreTLS is the client side of TLS towards an external etcd.

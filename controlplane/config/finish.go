@@ -1,14 +1,12 @@
 package config
 
 import (
-	"cmp"
 	"crypto/ecdh"
 	"encoding/base64"
 	"errors"
 	"fmt"
 	"net/netip"
 	"net/url"
-	"path/filepath"
 	"slices"
 	"strings"
 )
@@ -251,7 +249,6 @@ func (l *loader) finishCluster() {
 		}
 	}
 
-	st.DataDir = cmp.Or(st.DataDir, filepath.Join(s.DataDir, "etcd"))
 	if st.Mode == StoreExternal {
 		if len(st.Endpoints) == 0 {
 			l.fail("core.store.endpoints", errors.New(`is empty: core.store.mode = "external" needs the URLs of the etcd`))

@@ -55,7 +55,6 @@ func TestDefaults(t *testing.T) {
 		{"wg ip", c.Core.WG.IP.String(), "10.0.0.1/24"},
 		{"idle", c.Core.Proxy.Timeouts.Idle.String(), "10m"},
 		{"policy hold", c.Core.Proxy.PolicyHold.String(), "5s"},
-		{"store", c.Core.Store.DataDir, "/dstack-gateway/data/etcd"},
 		{"ports", c.Core.Proxy.ListenPort.String(), "8443"},
 	} {
 		if tt.got != tt.want {
@@ -436,12 +435,12 @@ func TestOptionalTables(t *testing.T) {
 
 func TestDerivedValues(t *testing.T) {
 	c, _ := mustLoad(t, tlsTables+"[core.sync]\ndata_dir = \"/data\"\n[core.proxy.timeouts]\nconnect = \"2s\"\n[core.tuning]\ntarget_connections = 500000\n", nil)
-	if c.Core.Store.DataDir != "/data/etcd" || c.Core.Proxy.PolicyHold != 2*Second || c.Core.Tuning.TargetRate != 5000 {
-		t.Errorf("derived: %s, %s, %d", c.Core.Store.DataDir, c.Core.Proxy.PolicyHold, c.Core.Tuning.TargetRate)
+	if c.Core.Proxy.PolicyHold != 2*Second || c.Core.Tuning.TargetRate != 5000 {
+		t.Errorf("derived: %s, %d", c.Core.Proxy.PolicyHold, c.Core.Tuning.TargetRate)
 	}
-	c, _ = mustLoad(t, tlsTables+"[core.proxy]\npolicy_hold = \"0s\"\n[core.store]\ndata_dir = \"/fast\"\n", nil)
-	if c.Core.Store.DataDir != "/fast" || c.Core.Proxy.PolicyHold != 0 {
-		t.Errorf("given: %s, %s", c.Core.Store.DataDir, c.Core.Proxy.PolicyHold)
+	c, _ = mustLoad(t, tlsTables+"[core.proxy]\npolicy_hold = \"0s\"\n", nil)
+	if c.Core.Proxy.PolicyHold != 0 {
+		t.Errorf("given: %s", c.Core.Proxy.PolicyHold)
 	}
 	c, _ = mustLoad(t, tlsTables+"[core.proxy]\npolicy_hold = \"\"\n", nil)
 	if c.Core.Proxy.PolicyHold != 5*Second {

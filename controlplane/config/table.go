@@ -107,7 +107,7 @@ func table(c *Config) []section {
 		{name: "timeout", def: "30s", to: &core.Sync.Timeout, min: 1, doc: "Limit of one call to another node. (2 s up to 0.5.5.)"},
 		{name: "bootnode", def: "", to: &core.Sync.Bootnode, url: true, doc: "Base URL of a node to join through. Empty: this node is the first or knows the others from its store."},
 		{name: "data_dir", def: "/dstack-gateway/data", to: &core.Sync.DataDir, doc: "Directory of everything this node must remember: identity, journal, store. Used with `enabled = false` too; it holds private keys."},
-		{name: "persist_interval", def: "5m", to: &core.Sync.PersistInterval, doc: "Accepted, no effect: the store writes through (see `core.store.snapshot_count`)."},
+		{name: "persist_interval", def: "5m", to: &core.Sync.PersistInterval, doc: "Accepted, no effect: the store writes through."},
 		{name: "sync_connections_enabled", def: true, to: &core.Sync.SyncConnectionsEnabled, doc: "Accepted, no effect: connection counts are asked of the nodes when somebody wants them."},
 		{name: "sync_connections_interval", def: "30s", to: &core.Sync.SyncConnectionsInterval, doc: "Accepted, no effect, as above."},
 	}})
@@ -132,13 +132,11 @@ func table(c *Config) []section {
 		anchor("sev_snp_turin", &att.RootCA.SEVSNPTurin, "SEV-SNP on Turin"),
 	}})
 	st := &core.Store
-	all = append(all, section{path: "core.store", since: ours, doc: "The etcd that holds registrations, certificates and settings. Traffic never waits for it.", keys: []key{
+	all = append(all, section{path: "core.store", since: ours, doc: "The etcd that holds registrations, certificates and settings, in `core.sync.data_dir` + `/store` when embedded. It syncs to disk on every write: take a local disk, not a network file system. Traffic never waits for it.", keys: []key{
 		{name: "mode", def: StoreEmbedded, to: &st.Mode, oneOf: []string{StoreEmbedded, StoreExternal}, doc: "`embedded` runs etcd in this process and needs nothing else. `external` uses a cluster that somebody else operates, backs up and secures: it sees all certificate keys."},
-		{name: "data_dir", def: "", to: &st.DataDir, derived: "`core.sync.data_dir` + `/etcd`", doc: "Directory of the embedded etcd. It syncs to disk on every write: take a local disk, not a network file system."},
 		{name: "endpoints", def: []any{}, to: &st.Endpoints, url: true, doc: "URLs of the external etcd. List all members, or the loss of one can look like the loss of all."},
 		{name: "username", def: "", to: &st.Username, doc: "User of the external etcd; empty = none, or the name in the client certificate."},
 		{name: "password_file", def: "", to: &st.PasswordFile, besides: true, doc: "File with the password of `username`; one line."},
-		{name: "snapshot_count", def: 10000, to: &st.SnapshotCount, min: 1, doc: "Writes between two raft snapshots of the embedded etcd. More keeps more of the log in memory; less makes a node that was away for a while fetch the whole store instead of the missing writes."},
 		{name: "quota_bytes", def: "2GiB", to: &st.QuotaBytes, min: 64 << 20, doc: "Size at which the embedded etcd refuses writes until space is freed. A larger quota makes a restart read more."},
 	}})
 	all = append(all, section{path: "core.store.tls", since: ours, doc: "TLS towards an external etcd. Relative paths are meant relative to the file that names them.", keys: []key{
