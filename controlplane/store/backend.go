@@ -22,6 +22,8 @@ type backend struct {
 	maint    clientv3.Maintenance
 	endpoint string // for Maintenance.Status
 	embedded bool
+	// defragment gives unused space of an embedded database back; writes wait meanwhile.
+	defragment func() error
 	// fault tells when an embedded etcd is beyond help; nil for a remote one.
 	fault *fault
 	// close ends it within the given time; false: it hangs, and its files stay locked until the process ends.

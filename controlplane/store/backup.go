@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -18,11 +19,12 @@ import (
 
 // backup is the content of backup.json: everything but locks, secrets included (sealed ones stay sealed).
 type backup struct {
-	V         int                        `json:"v"`
-	WrittenAt time.Time                  `json:"written_at"`
-	Node      uint32                     `json:"node"`
-	CRC32C    uint32                     `json:"crc32c"` // over the compact JSON of keys
-	Keys      map[string]json.RawMessage `json:"keys"`
+	V         int       `json:"v"`
+	WrittenAt time.Time `json:"written_at"`
+	Node      uint32    `json:"node"`
+	// CRC32C is over the compact JSON of keys. Without it the content is taken as it is, for one that was edited by hand.
+	CRC32C *uint32                    `json:"crc32c,omitempty"`
+	Keys   map[string]json.RawMessage `json:"keys"`
 }
 
 func (s *Store) backupPath() string { return filepath.Join(s.dir, "backup.json") }
@@ -31,45 +33,73 @@ func (s *Store) backupPath() string { return filepath.Join(s.dir, "backup.json")
 func (s *Store) Backup() error {
 	s.backupMu.Lock()
 	defer s.backupMu.Unlock()
-	content, _ := s.mirror.all()
-	b := backup{V: formatVersion, WrittenAt: s.opts.Now().UTC(), Node: s.opts.NodeID, Keys: make(map[string]json.RawMessage, len(content))}
-	for key, value := range content {
-		if !volatileKey(key) && json.Valid(value) {
-			b.Keys[key] = value
-		}
+	at := s.opts.Now().UTC()
+	data, keys, err := s.encodeBackup(at)
+	if err == nil {
+		s.keepLarger(keys)
+		err = writeFile(s.backupPath(), data)
 	}
-	err := func() error {
-		keys, err := json.Marshal(b.Keys)
-		if err != nil {
-			return err
-		}
-		b.CRC32C = crc32.Checksum(keys, crc32.MakeTable(crc32.Castagnoli))
-		data, err := json.Marshal(b)
-		if err != nil {
-			return err
-		}
-		s.keepLarger(len(b.Keys))
-		return writeFile(s.backupPath(), data)
-	}()
 	s.stateMu.Lock()
 	defer s.stateMu.Unlock()
 	if s.state.backupErr = err; err != nil {
 		return fmt.Errorf("store: writing the backup: %w", err)
 	}
-	s.state.backedUp = b.WrittenAt
+	s.state.backedUp = at
+	s.backupKeys = keys
 	return nil
 }
 
-// keepLarger saves the last backup from being replaced by one with much less in it: an etcd that was emptied, or the
-// wrong cluster, must not take the backup along.
-func (s *Store) keepLarger(keys int) {
-	old, _, err := readBackup(s.backupPath())
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		keep := s.backupPath() + ".unreadable"
-		s.log.Error("the last backup cannot be read; it is kept", "err", err, "kept_as", keep, "keep_err", os.Rename(s.backupPath(), keep))
-		return
+// encodeBackup builds the file piece by piece: the values are JSON already.
+func (s *Store) encodeBackup(at time.Time) (data []byte, n int, err error) {
+	content := s.mirror.all()
+	keys := []byte{'{'}
+	for _, key := range slices.Sorted(maps.Keys(content)) {
+		value := content[key]
+		if volatileKey(key) || !json.Valid(value) {
+			continue
+		}
+		name, err := json.Marshal(key)
+		if err != nil {
+			return nil, 0, err
+		}
+		if n++; n > 1 {
+			keys = append(keys, ',')
+		}
+		keys = append(append(append(keys, name...), ':'), value...)
 	}
-	if len(old) < 10 || keys >= len(old)/2 {
+	keys = append(keys, '}')
+	crc, err := checksum(keys)
+	if err != nil {
+		return nil, 0, err
+	}
+	head, err := json.Marshal(backup{V: formatVersion, WrittenAt: at, Node: s.opts.NodeID, CRC32C: &crc})
+	if err != nil {
+		return nil, 0, err
+	}
+	return append(append(bytes.TrimSuffix(head, []byte("null}")), keys...), '}'), n, nil
+}
+
+func checksum(keys []byte) (uint32, error) {
+	var compact bytes.Buffer
+	if err := json.Compact(&compact, keys); err != nil {
+		return 0, err
+	}
+	return crc32.Checksum(compact.Bytes(), crc32.MakeTable(crc32.Castagnoli)), nil
+}
+
+// keepLarger saves the last backup from being replaced by one with much less in it: an etcd that was emptied, or the
+// wrong cluster, must not take the backup along. backupMu is held.
+func (s *Store) keepLarger(keys int) {
+	if s.backupKeys == 0 { // the first one of this life
+		old, _, err := readBackup(s.backupPath())
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			keep := s.backupPath() + ".unreadable"
+			s.log.Error("the last backup cannot be read; it is kept", "err", err, "kept_as", keep, "keep_err", os.Rename(s.backupPath(), keep))
+			return
+		}
+		s.backupKeys = len(old)
+	}
+	if s.backupKeys < 10 || keys >= s.backupKeys/2 {
 		return
 	}
 	keep := filepath.Join(s.dir, "backup.before-loss.json")
@@ -77,7 +107,7 @@ func (s *Store) keepLarger(keys int) {
 		s.log.Error("the larger backup cannot be kept", "err", err)
 		return
 	}
-	s.log.Warn("the store has lost more than half of its keys since the last backup; that backup is kept", "keys_before", len(old), "keys_now", keys, "kept_as", keep)
+	s.log.Warn("the store has lost more than half of its keys since the last backup; that backup is kept", "keys_before", s.backupKeys, "keys_now", keys, "kept_as", keep)
 }
 
 func readBackup(path string) (keys map[string][]byte, written time.Time, err error) {
@@ -89,25 +119,30 @@ func readBackup(path string) (keys map[string][]byte, written time.Time, err err
 }
 
 func parseBackup(data []byte) (map[string][]byte, time.Time, error) {
-	var b backup
+	var b struct {
+		backup
+		Keys json.RawMessage `json:"keys"` // as it stands in the file
+	}
 	if err := json.Unmarshal(data, &b); err != nil {
 		return nil, time.Time{}, fmt.Errorf("the backup is not the store's JSON: %w", redactJSON(err))
 	}
 	if b.V != formatVersion {
 		return nil, time.Time{}, fmt.Errorf("the backup has format version %d, this release reads %d", b.V, formatVersion)
 	}
-	raw, err := json.Marshal(b.Keys)
-	if err != nil {
-		return nil, time.Time{}, err
+	if b.CRC32C != nil {
+		if crc, err := checksum(b.Keys); err != nil || crc != *b.CRC32C {
+			return nil, time.Time{}, errors.New("the checksum of the backup is wrong: it is damaged. If it was edited on purpose, remove its field crc32c")
+		}
 	}
-	if crc32.Checksum(raw, crc32.MakeTable(crc32.Castagnoli)) != b.CRC32C {
-		return nil, time.Time{}, errors.New("the checksum of the backup is wrong: it was edited or damaged")
+	var keys map[string]json.RawMessage
+	if err := json.Unmarshal(b.Keys, &keys); err != nil {
+		return nil, time.Time{}, fmt.Errorf("the backup has no keys: %w", redactJSON(err))
 	}
-	out := make(map[string][]byte, len(b.Keys))
-	for key, value := range b.Keys {
+	out := make(map[string][]byte, len(keys))
+	for key, value := range keys {
 		var compact bytes.Buffer
 		if err := json.Compact(&compact, value); err != nil {
-			return nil, time.Time{}, err
+			return nil, time.Time{}, fmt.Errorf("the backup has a wrong value: %w", redactJSON(err))
 		}
 		out[key] = compact.Bytes()
 	}
@@ -183,7 +218,7 @@ func (s *Store) housekeep() {
 		if n%5 == 0 {
 			s.checkHealth()
 		}
-		_, version := s.mirror.all()
+		version := s.mirror.currentVersion()
 		if version != backedUp && (urgent || time.Since(lastBackup) >= s.opts.BackupInterval) {
 			if err := s.Backup(); err != nil {
 				s.log.Error("the backup of the store failed", "err", err)
@@ -257,9 +292,7 @@ func (s *Store) defragment() {
 	}
 	ctx, cancel := context.WithTimeout(s.ctx, time.Minute)
 	defer cancel()
-	if _, err := call(ctx, b, func(ctx context.Context) (*clientv3.DefragmentResponse, error) {
-		return b.maint.Defragment(ctx, b.endpoint)
-	}); err != nil {
+	if _, err := call(ctx, b, func(context.Context) (struct{}, error) { return struct{}{}, b.defragment() }); err != nil {
 		s.log.Warn("defragmenting the etcd database failed", "err", err)
 	}
 }

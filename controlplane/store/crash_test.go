@@ -293,17 +293,27 @@ func tmpfs(t *testing.T, size string) string {
 // ballast fills the file system of dir up to free bytes.
 func ballast(t *testing.T, dir string, free int64) (remove func()) {
 	t.Helper()
-	now, err := freeBytes(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
 	path := filepath.Join(dir, "ballast")
 	f, err := os.Create(path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := unix.Fallocate(int(f.Fd()), 0, 0, now-free); err != nil {
-		t.Fatal(err)
+	// In steps: etcd reserves a log file at the same time.
+	for size, step := int64(0), int64(1<<20); step > 0; {
+		now, err := freeBytes(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if step = min(step, now-free); step <= 0 {
+			break
+		}
+		if err := unix.Fallocate(int(f.Fd()), 0, size, step); errors.Is(err, unix.ENOSPC) {
+			step /= 2
+			continue
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		size += step
 	}
 	f.Close()
 	return func() {

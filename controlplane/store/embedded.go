@@ -103,8 +103,7 @@ func openEmbedded(ctx context.Context, dir, marker string, opts Options, log *sl
 	// The log of a single node serves no follower: keep little of it in memory.
 	cfg.SnapshotCount, cfg.SnapshotCatchUpEntries = 1000, 100
 	f := newFault()
-	lg := zapLogger(log, f)
-	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(lg)
+	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(serverLogger(log, f))
 
 	b := &backend{fault: f, embedded: true}
 	e, err := call(ctx, b, func(context.Context) (*embed.Etcd, error) { return embed.StartEtcd(cfg) })
@@ -127,6 +126,7 @@ func openEmbedded(ctx context.Context, dir, marker string, opts Options, log *sl
 	}
 	c := v3client.New(e.Server)
 	b.kv, b.watcher, b.lease, b.maint = c.KV, c.Watcher, c.Lease, c.Maintenance
+	b.defragment = e.Server.Defragment // not through the client: its maintenance service lacks a part when in process
 	b.close = func(timeout time.Duration) bool {
 		return abandon(func() {
 			c.Close()
@@ -244,7 +244,7 @@ func repairQuota(ctx context.Context, b *backend, revision int64) error {
 		if _, err := b.kv.Compact(ctx, revision, clientv3.WithCompactPhysical()); err != nil && !strings.Contains(err.Error(), "has been compacted") {
 			return struct{}{}, fmt.Errorf("compacting: %w", err)
 		}
-		if _, err := b.maint.Defragment(ctx, b.endpoint); err != nil {
+		if err := b.defragment(); err != nil {
 			return struct{}{}, fmt.Errorf("defragmenting: %w", err)
 		}
 		if _, err := b.maint.AlarmDisarm(ctx, &clientv3.AlarmMember{}); err != nil {

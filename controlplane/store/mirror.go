@@ -199,15 +199,21 @@ func (m *mirror) list(prefix string) []keyValue {
 	return out
 }
 
-// all returns everything and the version it stands for.
-func (m *mirror) all() (map[string][]byte, uint64) {
+// all returns everything.
+func (m *mirror) all() map[string][]byte {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	out := make(map[string][]byte, m.count)
 	for _, g := range m.visible {
 		maps.Copy(out, g)
 	}
-	return out, m.version
+	return out
+}
+
+func (m *mirror) currentVersion() uint64 {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.version
 }
 
 // Event says that a key changed. Read the current state with the store's getters: events of a key are merged, and the

@@ -129,7 +129,9 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	gauge("revision", "Revision of etcd up to which this node has followed.", float64(st.Revision))
 	gauge("damaged_databases", "Damaged databases that were moved aside and are kept.", float64(len(st.MovedAside)))
 	gauge("backup_failed", "1 if the last backup failed.", truth(st.BackupError != ""))
+	var last float64
 	if !st.BackupAt.IsZero() {
-		gauge("backup_timestamp_seconds", "Time of the last backup.", float64(st.BackupAt.Unix()))
+		last = float64(st.BackupAt.Unix())
 	}
+	gauge("backup_timestamp_seconds", "Time of the last backup, 0 if there was none since the start.", last)
 }

@@ -167,8 +167,9 @@ type Store struct {
 	stateMu sync.Mutex
 	state   state
 
-	backupMu sync.Mutex // one backup at a time
-	urgent   chan struct{}
+	backupMu   sync.Mutex // one backup at a time
+	backupKeys int        // keys in the last backup, guarded by backupMu
+	urgent     chan struct{}
 
 	locks sync.WaitGroup // keep-alives of held locks
 
@@ -182,10 +183,12 @@ type state struct {
 	writable bool
 	reason   string // why it is not writable
 	since    time.Time
-	diskFull string // why the free-space gate is closed, empty when open
-	lastErr  error
-	lastAt   time.Time
-	waiters  []chan struct{}
+	// wasWritable: it was once, in this life.
+	wasWritable bool
+	diskFull    string // why the free-space gate is closed, empty when open
+	lastErr     error
+	lastAt      time.Time
+	waiters     []chan struct{}
 	// The rest is for Status.
 	backedUp  time.Time
 	backupErr error
@@ -342,7 +345,7 @@ func (s *Store) Close() error {
 		s.cancel()
 		s.tasks.Wait()
 		s.locks.Wait()
-		if _, version := s.mirror.all(); version > 0 {
+		if s.mirror.currentVersion() > 0 {
 			if err := s.Backup(); err != nil {
 				s.log.Warn("the last backup failed", "err", err)
 			}
@@ -502,22 +505,23 @@ func (s *Store) setDown(err error) {
 	s.state.lastErr, s.state.lastAt = err, s.opts.Now()
 }
 
-// setWritable notes that etcd takes writes again, and returns since when it did not (zero: it did all along).
-func (s *Store) setWritable() (downSince time.Time) {
+// setWritable notes that etcd takes writes, and returns since when it did not (zero: it did all along) and whether it
+// is the first time.
+func (s *Store) setWritable() (downSince time.Time, first bool) {
 	s.stateMu.Lock()
 	defer s.stateMu.Unlock()
 	if s.state.backend == nil {
-		return time.Time{} // gone in the meantime
+		return time.Time{}, false // gone in the meantime
 	}
 	if !s.state.writable {
-		downSince = s.state.since
-		s.state.writable, s.state.reason, s.state.since = true, "", s.opts.Now()
+		downSince, first = s.state.since, !s.state.wasWritable
+		s.state.writable, s.state.wasWritable, s.state.reason, s.state.since = true, true, "", s.opts.Now()
 	}
 	for _, w := range s.state.waiters {
 		close(w)
 	}
 	s.state.waiters = nil
-	return downSince
+	return downSince, first
 }
 
 // writableBackend returns etcd if it can be written.

@@ -341,8 +341,10 @@ func (s *Store) recover() bool {
 		}
 		return false
 	}
-	if since := s.setWritable(); !since.IsZero() {
-		s.log.Info("etcd takes writes", "not_writable_for", s.opts.Now().Sub(since).Round(time.Millisecond))
+	if since, first := s.setWritable(); first {
+		s.log.Info("etcd is open", "mode", s.opts.Mode, "took", s.opts.Now().Sub(since).Round(time.Millisecond))
+	} else if !since.IsZero() {
+		s.log.Info("etcd takes writes again", "not_writable_for", s.opts.Now().Sub(since).Round(time.Millisecond))
 	}
 	return true
 }

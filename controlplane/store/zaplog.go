@@ -11,16 +11,18 @@ import (
 	"go.uber.org/zap/zapcore"
 )
 
-// slogCore passes etcd's messages from warning level on to slog.
+// slogCore passes etcd's messages from a level on to slog.
 type slogCore struct {
 	log    *slog.Logger
+	min    zapcore.Level
 	fields []zapcore.Field
 }
 
-func (c slogCore) Enabled(l zapcore.Level) bool { return l >= zapcore.WarnLevel }
+func (c slogCore) Enabled(l zapcore.Level) bool { return l >= c.min }
 
 func (c slogCore) With(fields []zapcore.Field) zapcore.Core {
-	return slogCore{c.log, append(append([]zapcore.Field(nil), c.fields...), fields...)}
+	c.fields = append(append([]zapcore.Field(nil), c.fields...), fields...)
+	return c
 }
 
 // meaningless are messages that every start of an embedded node brings: about listeners and authentication that it does
@@ -81,10 +83,13 @@ func (h faultHook) OnWrite(ce *zapcore.CheckedEntry, fields []zapcore.Field) {
 	runtime.Goexit()
 }
 
-func zapLogger(log *slog.Logger, f *fault) *zap.Logger {
-	lg := zap.New(slogCore{log: log})
-	if f != nil {
-		lg = lg.WithOptions(zap.WithFatalHook(faultHook{f}), zap.WithPanicHook(faultHook{f}))
-	}
-	return lg
+// serverLogger is for an embedded etcd.
+func serverLogger(log *slog.Logger, f *fault) *zap.Logger {
+	return zap.New(slogCore{log: log, min: zapcore.WarnLevel}, zap.WithFatalHook(faultHook{f}), zap.WithPanicHook(faultHook{f}))
+}
+
+// clientLogger is for the client of a remote etcd. Its warnings are about every single retry; the store tells of an
+// outage itself.
+func clientLogger(log *slog.Logger) *zap.Logger {
+	return zap.New(slogCore{log: log, min: zapcore.ErrorLevel})
 }
