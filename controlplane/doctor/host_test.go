@@ -77,8 +77,8 @@ func TestSpace(t *testing.T) {
 
 // Relative paths are relative to the working directory, as the gateway's own.
 func TestPaths(t *testing.T) {
-	h := &Host{WorkDir: "/work/dir"}
-	for in, want := range map[string]string{"/a/b": "a/b", "a": "work/dir/a", "../a": "work/a", "/": ".", "/a/../..": "."} {
+	h := &Host{WorkDir: "/srv/dir"}
+	for in, want := range map[string]string{"/a/b": "a/b", "a": "srv/dir/a", "../a": "srv/a", "/": ".", "/a/../..": "."} {
 		if got := h.in(in); got != want {
 			t.Errorf("%q: %q, want %q", in, got, want)
 		}

@@ -60,7 +60,7 @@ func machineOf(t *testing.T) *Host {
 		"proc/self/exe":                                {Data: []byte("/usr/bin/dstack-gw"), Mode: fs.ModeSymlink | 0o777},
 	}
 	return &Host{
-		FS: files, WorkDir: "/work", Now: func() time.Time { return now },
+		FS: files, WorkDir: "/srv", Now: func() time.Time { return now },
 		Dial: func(ctx context.Context, network, address string) (net.Conn, error) {
 			near, far := net.Pipe()
 			far.Close()
