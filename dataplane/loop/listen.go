@@ -93,8 +93,12 @@ const acceptBatch = 64
 // Serve registers the acceptor for listener fd, which it owns from now on.
 func (a *Acceptor) Serve(l *Loop, fd int) error {
 	a.l, a.fd, a.timer.H = l, fd, a
-	a.reserve, _ = unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	a.saveReserve()
 	return a.watch()
+}
+
+func (a *Acceptor) saveReserve() {
+	a.reserve, _ = unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0) // -1 when it fails
 }
 
 func (a *Acceptor) watch() (err error) {
@@ -147,8 +151,8 @@ func (a *Acceptor) shed(e syscall.Errno) {
 		if fd, e2 := rawAccept(a.fd, &a.rsa); e2 == 0 {
 			rawClose(fd)
 		}
-		a.reserve, _ = unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	}
+	a.saveReserve()
 	if a.Shed != nil {
 		a.Shed(os.NewSyscallError("accept4", e))
 	}

@@ -158,13 +158,30 @@ func (s *Sock) Close(l *Loop) {
 // Reset closes the socket so that the peer sees a reset instead of a clean end,
 // unless bytes are still on their way to it: those are worth more.
 func (s *Sock) Reset(l *Loop) {
+	if s.FD >= 0 && s.Unacked() > 0 {
+		s.Close(l)
+		return
+	}
+	s.Drop(l)
+}
+
+// Drop closes the socket with a reset; bytes on their way to the peer are lost.
+func (s *Sock) Drop(l *Loop) {
 	if s.FD < 0 {
 		return
 	}
-	if q, err := unix.IoctlGetInt(s.FD, unix.SIOCOUTQ); err == nil && q == 0 {
-		_ = unix.SetsockoptLinger(s.FD, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1, Linger: 0})
-	}
+	_ = unix.SetsockoptLinger(s.FD, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1, Linger: 0})
 	s.Close(l)
+}
+
+// Unacked counts the bytes that were written to the socket and that the peer's
+// kernel has not confirmed.
+func (s *Sock) Unacked() int {
+	q, err := unix.IoctlGetInt(s.FD, unix.SIOCOUTQ)
+	if err != nil {
+		return 0
+	}
+	return q
 }
 
 // Detach takes the socket out of the loop and returns its descriptor, which the caller owns.

@@ -9,7 +9,8 @@ import (
 
 // Result of a turn.
 type Result struct {
-	// Moved counts bytes that left towards a peer in this turn: the idle clock's progress.
+	// Moved is the idle clock's progress in this turn: bytes that came from or left
+	// towards a peer.
 	Moved int
 	// Again asks for another turn without waiting for an edge.
 	Again bool
@@ -29,6 +30,7 @@ type Flow struct {
 	full   uint8 // full reads in a row
 	eof    bool  // source said FIN
 	shut   bool  // FIN passed on
+	cut    bool  // source is known to have failed: its end is not a clean one
 }
 
 // Pair relays between a client and an app socket.
@@ -67,6 +69,12 @@ func (p *Pair) Hold(w *Worker, b []byte) {
 func (p *Pair) Step(w *Worker, now int64, client, app *loop.Sock) (Result, error) {
 	var r Result
 	if err := p.flow(w, now, &p.Up, client, app, &r, ToApp); err != nil {
+		if err.Side == sides[ToClient] {
+			// An app that refuses a request before it read all of it answers and closes; its
+			// kernel then resets. The answer is here and worth delivering, as far as it goes.
+			p.Down.cut = true
+			_ = p.flow(w, now, &p.Down, app, client, &r, ToClient)
+		}
 		return r, err
 	}
 	if err := p.flow(w, now, &p.Down, app, client, &r, ToClient); err != nil {
@@ -98,7 +106,7 @@ func (p *Pair) wantSplice(w *Worker, now int64, f *Flow) bool {
 		g.AfterDuration != 0 && now-p.Started >= g.AfterDuration
 }
 
-func (p *Pair) flow(w *Worker, now int64, f *Flow, src, dst *loop.Sock, r *Result, dir int) error {
+func (p *Pair) flow(w *Worker, now int64, f *Flow, src, dst *loop.Sock, r *Result, dir int) *SideError {
 	budget := turnBudget
 	for {
 		// What is held goes first.
@@ -131,7 +139,7 @@ func (p *Pair) flow(w *Worker, now int64, f *Flow, src, dst *loop.Sock, r *Resul
 			f.held, f.chunk = nil, nil
 		}
 		if f.eof {
-			if !f.shut {
+			if !f.shut && !f.cut {
 				p.mayRelease(w, f)
 				dst.CloseWrite()
 				f.shut = true
@@ -160,6 +168,7 @@ func (p *Pair) flow(w *Worker, now int64, f *Flow, src, dst *loop.Sock, r *Resul
 				n, err := src.SpliceTo(f.pipe.w, f.pipe.size)
 				if err == nil {
 					f.inPipe = n
+					r.Moved += n
 					if n < len(w.Scratch)/4 {
 						f.full = 0 // no longer bulk: small messages are cheaper to copy
 					}
@@ -185,6 +194,7 @@ func (p *Pair) flow(w *Worker, now int64, f *Flow, src, dst *loop.Sock, r *Resul
 		case n < len(w.Scratch)/4:
 			f.full = 0
 		}
+		r.Moved += n
 		m, err := dst.Send(w.Scratch[:n])
 		if err != nil {
 			return &SideError{sides[1-dir], err}
@@ -216,8 +226,14 @@ func (f *Flow) sent(n int, r *Result) {
 	r.Moved += n
 }
 
-// HalfClosed reports whether one direction has ended and the other has not.
-func (p *Pair) HalfClosed() bool { return p.Up.shut != p.Down.shut }
+// Ended reports whether a direction (ToApp, ToClient) is over: its source said so
+// and everything before that was passed on.
+func (p *Pair) Ended(dir int) bool {
+	if dir == ToApp {
+		return p.Up.shut
+	}
+	return p.Down.shut
+}
 
 // Release returns buffers and pipes; the sockets are the caller's.
 func (p *Pair) Release(w *Worker) {

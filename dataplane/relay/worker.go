@@ -60,22 +60,41 @@ func NewWorker(size int, g Gate) *Worker {
 // Chunk returns a pooled copy of p. Small pieces (a ClientHello) come from a class
 // of their own, so that thousands of connections that wait hold 4 KiB each, not a whole buffer.
 func (w *Worker) Chunk(p []byte) []byte {
+	c := w.take(len(p))
+	copy(c, p)
+	return c
+}
+
+// Extend appends p to c, a whole buffer obtained from Chunk, and returns the result,
+// which may be another buffer; c must not be used any more.
+func (w *Worker) Extend(c, p []byte) []byte {
+	n := len(c) + len(p)
+	if n <= cap(c) {
+		return append(c, p...)
+	}
+	big := w.take(max(n, 2*cap(c)))[:n] // doubled, or bytes that come one by one cost their square
+	copy(big, c)
+	copy(big[len(c):], p)
+	w.PutChunk(c)
+	return big
+}
+
+// take returns a pooled buffer of n bytes.
+func (w *Worker) take(n int) []byte {
 	var c []byte
-	if len(p) <= smallChunk {
-		if n := len(w.small); n > 0 {
-			c, w.small = w.small[n-1], w.small[:n-1]
+	if n <= smallChunk {
+		if k := len(w.small); k > 0 {
+			c, w.small = w.small[k-1], w.small[:k-1]
 		} else {
 			c = make([]byte, smallChunk)
 		}
-	} else if n := len(w.chunks); n > 0 {
-		c, w.chunks = w.chunks[n-1], w.chunks[:n-1]
+	} else if k := len(w.chunks); k > 0 {
+		c, w.chunks = w.chunks[k-1], w.chunks[:k-1]
 	}
-	if cap(c) < len(p) {
-		c = make([]byte, max(len(p), len(w.Scratch)))
+	if cap(c) < n {
+		c = make([]byte, max(n, len(w.Scratch)))
 	}
-	c = c[:len(p)]
-	copy(c, p)
-	return c
+	return c[:n]
 }
 
 // PutChunk returns a buffer obtained from Chunk; the whole of it, not a tail slice.
