@@ -491,7 +491,14 @@ func (r *rig) call(path, token string) (status int, body []byte, err error) {
 
 // traffic is the ordinary day of a gateway: mostly served, some of it nonsense.
 func (r *rig) traffic(ctx context.Context) {
-	waitFor(r.t, 20*time.Second, "the CVM to be reachable", r.page)
+	// Not by connections: the refusals would be trouble that the alerts see.
+	waitFor(r.t, 20*time.Second, "the CVM's tunnel", func() error {
+		_, body, err := r.call("/metrics", adminToken)
+		if err == nil && !bytes.Contains(body, []byte(`dstack_gateway_instances{node_id="7",state="online"} 1`)) {
+			err = errors.New("the instance is not online")
+		}
+		return err
+	})
 	echo := fmt.Sprintf("localhost-%ds.%s", r.echo, baseDomain)
 	for token, want := range map[string]int{adminToken: http.StatusOK, "wrong": http.StatusUnauthorized} {
 		if status, _, err := r.call("/prpc/Status", token); err != nil || status != want {
