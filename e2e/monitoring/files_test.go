@@ -69,11 +69,7 @@ type dashboard struct {
 	UID           string  `json:"uid"`
 	Panels        []panel `json:"panels"`
 	Templating    struct {
-		List []struct {
-			Name       string `json:"name"`
-			Type       string `json:"type"`
-			Definition string `json:"definition"`
-		} `json:"list"`
+		List []menu `json:"list"`
 	} `json:"templating"`
 	Annotations struct {
 		List []struct {
@@ -81,6 +77,13 @@ type dashboard struct {
 			Expr string `json:"expr"`
 		} `json:"list"`
 	} `json:"annotations"`
+}
+
+// menu is a variable that the viewer chooses.
+type menu struct {
+	Name       string `json:"name"`
+	Type       string `json:"type"`
+	Definition string `json:"definition"`
 }
 
 type panel struct {
@@ -229,13 +232,7 @@ func TestDashboard(t *testing.T) {
 		}
 	}
 	for _, want := range []string{"datasource", "job", "node"} {
-		if !slices.ContainsFunc(d.Templating.List, func(v struct {
-			Name       string `json:"name"`
-			Type       string `json:"type"`
-			Definition string `json:"definition"`
-		}) bool {
-			return v.Name == want
-		}) {
+		if !slices.ContainsFunc(d.Templating.List, func(v menu) bool { return v.Name == want }) {
 			t.Errorf("no variable %s", want)
 		}
 	}
