@@ -110,13 +110,20 @@ func (g *Gateway) baseList() []*routing.Base {
 	return list
 }
 
+// A renewed certificate is served within 2.5 s of its files being left alone: one look to see the change, one to see
+// that it is over.
+const (
+	staticLook = time.Second
+	staticTell = 200 * time.Millisecond
+)
+
 // watchStatic follows the static files and tells the publisher when they changed.
 func (g *Gateway) watchStatic(ctx context.Context) {
 	f := g.staticFiles()
-	g.bg.Go(func() { g.certs.WatchStatic(ctx, f, 0) })
+	g.bg.Go(func() { g.certs.WatchStatic(ctx, f, staticLook) })
 	g.bg.Go(func() {
 		last := g.certs.Get(f.BaseDomain)
-		tick := time.NewTicker(time.Second)
+		tick := time.NewTicker(staticTell)
 		defer tick.Stop()
 		for {
 			select {
