@@ -199,9 +199,9 @@ func (s state) start(p process, fingerprint string) (*running, error) {
 	if err != nil {
 		// It has ended already, or /proc is not there: either way it cannot be
 		// found again.
-		cmd.Process.Kill()
+		err = errors.Join(err, cmd.Process.Kill())
 		<-r.died
-		return nil, fmt.Errorf("start %s: %w (%v)\n%s", p.name, r.exit, err, s.tail(p.name, 15))
+		return nil, fmt.Errorf("start %s: %w: %w\n%s", p.name, r.exit, err, s.tail(p.name, 15))
 	}
 	r.PID, r.Boot, r.Fingerprint, r.Argv, r.Started = cmd.Process.Pid, boot, fingerprint, p.argv, time.Now()
 	text, err := json.MarshalIndent(&r.record, "", "  ")

@@ -66,12 +66,12 @@ func TestCheckerRetries(t *testing.T) {
 	now := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 	c := newChecker(180*time.Second, 180*time.Second, now)
 	down := errors.New("refused")
-	for i, wait := range []time.Duration{1, 2, 4, 8, 16, 30, 30} {
+	for i, seconds := range []int{1, 2, 4, 8, 16, 30, 30} {
+		wait := time.Duration(seconds) * time.Second
 		if a := c.poll(now, false, time.Time{}); a != actRegister {
 			t.Fatalf("try %d: got %v, want a registration", i, a)
 		}
 		c.done(now, actRegister, down)
-		wait *= time.Second
 		if a := c.poll(now.Add(wait-1), false, time.Time{}); a != actNothing {
 			t.Fatalf("try %d: tried again before %v had passed", i, wait)
 		}
