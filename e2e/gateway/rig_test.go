@@ -6,6 +6,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha1"
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -327,22 +328,19 @@ type guest struct {
 }
 
 var (
-	gatewayApp = sha1Like("the gateway itself")
-	webApp     = sha1Like("web")
+	gatewayApp = idOf("the gateway itself")
+	webApp     = idOf("web")
 )
 
-// sha1Like makes an id of 20 bytes.
-func sha1Like(text string) (id [20]byte) {
-	copy(id[:], fmt.Sprintf("%-20s", text))
-	return id
-}
+// idOf makes an id of 20 bytes from a name.
+func idOf(name string) [20]byte { return sha1.Sum([]byte(name)) }
 
 func appInfo(app, instance [20]byte) *ratls.AppInfo {
 	return &ratls.AppInfo{AppID: app[:], InstanceID: instance[:], ComposeHash: bytes.Repeat([]byte{0xab}, 32), DeviceID: make([]byte, 32), OSImageHash: make([]byte, 32), KeyProviderInfo: []byte("{}")}
 }
 
 // newGuest makes an instance of webApp with a certificate of the platform.
-func newGuest(t *testing.T, name string) *guest { return guestOf(t, appInfo(webApp, sha1Like(name))) }
+func newGuest(t *testing.T, name string) *guest { return guestOf(t, appInfo(webApp, idOf(name))) }
 
 func guestOf(t *testing.T, info *ratls.AppInfo) *guest {
 	t.Helper()

@@ -32,9 +32,9 @@ func TestRegistrationAnswers(t *testing.T) {
 	g.admin("AddZtDomain", `{"domain":"apps.example.org","port":8443,"priority":1}`)
 	uuid := strings.ReplaceAll(strings.TrimSpace(string(read(t, g.path("data/node_uuid")))), "-", "")
 
-	nine := appInfo(webApp, sha1Like("nine"))
+	nine := appInfo(webApp, idOf("nine"))
 	nine.InitScriptHashes = [][32]byte{{1}, {2}}
-	empty := appInfo(webApp, sha1Like("nine, no scripts"))
+	empty := appInfo(webApp, idOf("nine, no scripts"))
 	empty.InitScriptHashes = [][32]byte{}
 	guests := []*guest{newGuest(t, "eight"), guestOf(t, nine), guestOf(t, empty)}
 	forms := []struct {
@@ -122,7 +122,7 @@ func TestRegistrationRefusals(t *testing.T) {
 	port := func(p int) string {
 		return fmt.Sprintf(`{"client_public_key":%q,"port_policy":{"ports":[{"port":%d,"pp":false}],"restrict_mode":true}}`, one.key.PublicKey(), p)
 	}
-	thief := guestOf(t, appInfo(sha1Like("another app"), sha1Like("one")))
+	thief := guestOf(t, appInfo(idOf("another app"), idOf("one")))
 	late := newGuest(t, "late")
 	nobody := guestOf(t, &ratls.AppInfo{AppID: webApp[:], ComposeHash: make([]byte, 32), DeviceID: make([]byte, 32), OSImageHash: make([]byte, 32), KeyProviderInfo: []byte("{}")})
 	for _, c := range []struct {
@@ -189,7 +189,7 @@ func TestCallers(t *testing.T) {
 		}
 		return clientWith(t, cert)
 	}
-	good := appInfo(webApp, sha1Like("odd")).Encode()
+	good := appInfo(webApp, idOf("odd")).Encode()
 	for _, c := range []struct {
 		name string
 		hc   *http.Client
@@ -223,7 +223,7 @@ func TestCallers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cred, err := stranger.Issue(ratls.App{ID: webApp[:], Info: appInfo(webApp, sha1Like("stranger")), Subject: "stranger", ClientAuth: true})
+	cred, err := stranger.Issue(ratls.App{ID: webApp[:], Info: appInfo(webApp, idOf("stranger")), Subject: "stranger", ClientAuth: true})
 	if err != nil {
 		t.Fatal(err)
 	}
