@@ -67,15 +67,17 @@ func (s *Store) transact(ctx context.Context, what string, writes []write, condi
 	for n, c := range conditions {
 		cmps[n] = c.cmp
 	}
+	then := etcdOps(ops)
 	resp, err := call(ctx, b, func(ctx context.Context) (*clientv3.TxnResponse, error) {
-		return b.kv.Txn(ctx).If(cmps...).Then(etcdOps(ops)...).Commit()
+		return b.kv.Txn(ctx).If(cmps...).Then(then...).Commit()
 	})
-	if refused(err) {
-		if errors.Is(err, rpctypes.ErrNoSpace) {
-			s.setDown(err)
-			s.wake() // the writer makes room
-		}
+	if errors.Is(err, rpctypes.ErrNoSpace) {
+		s.setDown(err)
+		s.wake() // to make room
 		return fmt.Errorf("store: %s: %w: %w", what, ErrNotWritable, err)
+	}
+	if refused(err) {
+		return fmt.Errorf("store: %s: etcd refuses the change: %w", what, err)
 	}
 	if err != nil {
 		return fmt.Errorf("store: %s: it is not known whether the change was made, look and repeat: %w", what, err)

@@ -168,7 +168,7 @@ func (s *Store) restore(ctx context.Context, b *backend) error {
 		ops = append(ops, op{key: key, value: value})
 	}
 	slices.SortFunc(ops, func(a, b op) int { return strings.Compare(a.key, b.key) })
-	for chunk := range slices.Chunk(ops, maxBatch/2) {
+	for chunk := range chunks(ops) {
 		_, err := call(ctx, b, func(ctx context.Context) (struct{}, error) {
 			var none struct{}
 			absent := make([]clientv3.Cmp, len(chunk))

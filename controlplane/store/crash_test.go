@@ -80,6 +80,7 @@ func runWriter(t *testing.T, dir string, first int, d time.Duration) (acked []in
 
 // TestKill9: what was acknowledged as stored is there after a kill -9 in the middle of writing, several times in a row.
 func TestKill9(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	total := map[int]bool{}
 	for round := range 4 {
@@ -117,6 +118,7 @@ func fill(t *testing.T, dir string, n int) {
 }
 
 func TestDamage(t *testing.T) {
+	t.Parallel()
 	if !inChild(t) { // an etcd that breaks off its start leaves two goroutines behind
 		return
 	}
@@ -209,6 +211,7 @@ func TestDamage(t *testing.T) {
 
 // TestHangingEtcd: a dead etcd that cannot be ended keeps its files locked; the store goes on with a copy of them.
 func TestHangingEtcd(t *testing.T) {
+	t.Parallel()
 	if !inChild(t) { // the hanging etcd stays
 		return
 	}
@@ -326,6 +329,7 @@ func ballast(t *testing.T, dir string, free int64) (remove func()) {
 // TestDiskFills: the disk fills up while the store runs. Registrations go on, admin writes are refused with the reason,
 // and all is well again when there is space.
 func TestDiskFills(t *testing.T) {
+	t.Parallel()
 	dir := tmpfs(t, "400m")
 	s, buf := mustOpen(t, dir)
 	put(t, s, instance(1), Stored)
@@ -360,6 +364,7 @@ func TestDiskFills(t *testing.T) {
 
 // TestStartOnFullDisk: the process restarts while the disk is full, with records in the journal.
 func TestStartOnFullDisk(t *testing.T) {
+	t.Parallel()
 	dir := tmpfs(t, "400m")
 	fill(t, dir, 20)
 	remove := ballast(t, dir, 1<<20)
@@ -391,8 +396,9 @@ func TestStartOnFullDisk(t *testing.T) {
 	put(t, s, instance(200), Stored)
 }
 
-// TestDiskFullForEverything: not even the journal can be written, because its reserve is used up.
+// TestVolatile: not even the journal can be written, because its reserve is used up.
 func TestVolatile(t *testing.T) {
+	t.Parallel()
 	dir := tmpfs(t, "400m")
 	s, _ := mustOpen(t, dir)
 	remove := ballast(t, dir, 0)
@@ -430,6 +436,7 @@ func TestVolatile(t *testing.T) {
 // TestReadOnlyDir: nothing can be written at all; the store still opens, shows the backup and keeps registrations in
 // memory.
 func TestReadOnlyDir(t *testing.T) {
+	t.Parallel()
 	dir := tmpfs(t, "400m")
 	fill(t, dir, 5)
 	if err := unix.Mount("", dir, "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
@@ -453,6 +460,7 @@ func TestReadOnlyDir(t *testing.T) {
 // TestEtcdDies: etcd meets a fatal error while it runs - here a disk that fills between two looks of the gate. The
 // gateway must live, take registrations, and get its etcd back without a restart.
 func TestEtcdDies(t *testing.T) {
+	t.Parallel()
 	if !inChild(t) { // the dead etcd leaves goroutines behind
 		return
 	}

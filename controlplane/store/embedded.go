@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -106,7 +107,7 @@ func openEmbedded(ctx context.Context, dir, marker string, opts Options, log *sl
 	cfg.ZapLoggerBuilder = embed.NewZapLoggerBuilder(serverLogger(log, f))
 
 	b := &backend{fault: f, embedded: true}
-	e, err := call(ctx, b, func(context.Context) (*embed.Etcd, error) { return embed.StartEtcd(cfg) })
+	e, err := startEtcd(ctx, b, cfg)
 	if err == nil {
 		select {
 		case <-e.Server.ReadyNotify():
@@ -142,6 +143,36 @@ func openEmbedded(ctx context.Context, dir, marker string, opts Options, log *sl
 		}
 	}()
 	return b, nil
+}
+
+// startEtcd starts etcd. One that comes up after ctx has ended is stopped again.
+func startEtcd(ctx context.Context, b *backend, cfg *embed.Config) (*embed.Etcd, error) {
+	var (
+		mu     sync.Mutex
+		gone   bool // nobody waits any more
+		landed *embed.Etcd
+	)
+	e, err := call(ctx, b, func(context.Context) (*embed.Etcd, error) {
+		e, err := embed.StartEtcd(cfg)
+		mu.Lock()
+		defer mu.Unlock()
+		if err == nil && gone {
+			e.Close()
+			return nil, ctx.Err()
+		}
+		landed = e
+		return e, err
+	})
+	if err != nil {
+		mu.Lock()
+		gone = true
+		late := landed
+		mu.Unlock()
+		if late != nil {
+			abandon(late.Close, closeTimeout)
+		}
+	}
+	return e, err
 }
 
 // abandon runs stop and waits for it for a limited time only. It reports whether stop came to its end; etcd may also

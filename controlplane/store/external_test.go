@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"net"
+	"net/netip"
 	"net/url"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -13,6 +15,8 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.uber.org/zap"
+
+	"github.com/dstack-gw/dstack-gw/controlplane/registry"
 )
 
 // server is an etcd of its own, as an operator would run it, reached by URL.
@@ -144,6 +148,95 @@ func TestExternalTwoNodes(t *testing.T) {
 	eventually(t, "the lock to be free", func() bool { _, ok := a.CertLockHolder("example.com"); return !ok })
 	if c, ok := a.CertData("example.com"); !ok || c.CertPEM != "new" {
 		t.Errorf("%v %v", c, ok)
+	}
+}
+
+// gatewayNode is the way records go in a gateway: the registry decides, the store keeps, the watch brings what others
+// did.
+type gatewayNode struct {
+	reg   *registry.Registry
+	store *Store
+	done  chan struct{}
+	stop  context.CancelFunc
+}
+
+func newGatewayNode(t *testing.T, srv *server, id uint32, pool string) *gatewayNode {
+	t.Helper()
+	reg, err := registry.New(registry.Config{Network: netip.MustParsePrefix("10.8.0.1/16"), ClientRange: netip.MustParsePrefix(pool)}, time.Now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, _ := externalStore(t, srv, t.TempDir(), id, "")
+	ctx, stop := context.WithCancel(context.Background())
+	n := &gatewayNode{reg, s, make(chan struct{}), stop}
+	w := s.Watch(PrefixInstances)
+	go func() {
+		defer close(n.done)
+		defer w.Close()
+		for {
+			events, err := w.Next(ctx)
+			if err != nil {
+				return
+			}
+			for _, e := range events {
+				if i, ok := s.Instance(e.ID); ok {
+					reg.Apply(i)
+				} else {
+					reg.Remove(e.ID)
+				}
+			}
+		}
+	}()
+	t.Cleanup(func() { stop(); <-n.done })
+	return n
+}
+
+func (n *gatewayNode) register(t *testing.T, id, key int) registry.Instance {
+	t.Helper()
+	res, err := n.reg.Register(registry.Request{AppID: "app", InstanceID: instance(id).ID, ComposeHash: "h", PublicKey: instance(key).PublicKey})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if res.Record {
+		put(t, n.store, res.Instance, Stored)
+	}
+	return res.Instance
+}
+
+// TestRegistriesConverge: two gateways, instances that move between them, change keys and leave.
+func TestRegistriesConverge(t *testing.T) {
+	t.Parallel()
+	srv := startServer(t, t.TempDir(), "")
+	a, b := newGatewayNode(t, srv, 1, "10.8.0.0/18"), newGatewayNode(t, srv, 2, "10.8.64.0/18")
+	agree := func(what string) {
+		t.Helper()
+		eventually(t, what, func() bool {
+			x, y := a.reg.List(), b.reg.List()
+			return len(x) > 0 && slices.EqualFunc(x, y, registry.Instance.Equal) && slices.EqualFunc(x, a.store.Instances(), registry.Instance.Equal)
+		})
+	}
+	for n := range 50 {
+		[]*gatewayNode{a, b}[n%2].register(t, n, n)
+	}
+	agree("the registrations")
+	if i := b.register(t, 0, 0); i.IP.String() != "10.8.64.26" {
+		t.Errorf("an instance that moved has %s", i.IP)
+	}
+	agree("the move")
+	for n := range 50 {
+		[]*gatewayNode{a, b}[n%2].register(t, n, n+100)
+	}
+	agree("the new keys")
+	for n := range 25 {
+		id := instance(n).ID
+		b.reg.Remove(id)
+		if d, err := b.store.DeleteInstance(context.Background(), id); d != Stored || err != nil {
+			t.Fatal(d, err)
+		}
+	}
+	agree("the removals")
+	if n := a.reg.Len(); n != 25 {
+		t.Errorf("%d instances left", n)
 	}
 }
 

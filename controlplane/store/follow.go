@@ -10,6 +10,9 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
+// listTimeout bounds reading everything.
+const listTimeout = 30 * time.Second
+
 // relist reads all of etcd into the mirror.
 func (s *Store) relist(ctx context.Context, b *backend) error {
 	resp, err := call(ctx, b, func(ctx context.Context) (*clientv3.GetResponse, error) {
@@ -40,7 +43,7 @@ func (s *Store) follow(b *backend) error {
 		s.noteError(err)
 		s.log.Warn("the watch on etcd broke off, reading everything again", "err", err)
 		for delay := 100 * time.Millisecond; ; delay = min(2*delay, 5*time.Second) {
-			ctx, cancel := context.WithTimeout(s.ctx, s.opts.StartTimeout)
+			ctx, cancel := context.WithTimeout(s.ctx, listTimeout)
 			err := s.relist(ctx, b)
 			cancel()
 			if err == nil {

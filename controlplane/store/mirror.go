@@ -131,6 +131,14 @@ func (m *mirror) superseded(ops []op, values [][]byte, revs []int64) {
 	}
 }
 
+// abandon drops a waiting write.
+func (m *mirror) abandon(key string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.overlay, key)
+	m.refresh(key)
+}
+
 // wait covers keys with writes that etcd does not have yet.
 func (m *mirror) wait(ops []op) {
 	m.mu.Lock()

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -15,6 +16,8 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"github.com/dstack-gw/dstack-gw/controlplane/registry"
 )
 
 func TestParseKey(t *testing.T) {
@@ -229,6 +232,7 @@ func TestWatch(t *testing.T) {
 }
 
 func TestBackup(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	opts, buf := testOptions(t, dir)
 	opts.BackupInterval = 100 * time.Millisecond
@@ -327,6 +331,7 @@ func TestStatusAndMetrics(t *testing.T) {
 // TestQuota: a database that has reached its quota recovers by itself, because the content is small and only the
 // history is large.
 func TestQuota(t *testing.T) {
+	t.Parallel()
 	opts, buf := testOptions(t, t.TempDir())
 	opts.QuotaBytes = 4 << 20
 	s := openWith(t, opts)
@@ -344,6 +349,78 @@ func TestQuota(t *testing.T) {
 	if !strings.Contains(buf.String(), "had reached its quota") {
 		t.Errorf("the quota was not met:\n%.3000s", buf)
 	}
+}
+
+// TestLargeRecords: the largest policy a guest can report is stored, many of them at once too; what etcd cannot hold is
+// refused and blocks nothing.
+func TestLargeRecords(t *testing.T) {
+	t.Parallel()
+	s, _ := mustOpen(t, t.TempDir())
+	all := &registry.PortPolicy{Ports: map[uint16]registry.PortFlags{}, Restrict: true}
+	for port := range 1 << 16 {
+		all.Ports[uint16(port)] = registry.PortFlags{PP: true}
+	}
+	var wg sync.WaitGroup
+	for n := range 8 {
+		wg.Go(func() {
+			i := instance(n)
+			i.Policy = all
+			put(t, s, i, Stored)
+		})
+	}
+	wg.Wait()
+	for n := range 8 {
+		if i, ok := s.Instance(instance(n).ID); !ok || !i.Policy.Equal(all) {
+			t.Errorf("instance %d: %v", n, ok)
+		}
+	}
+	i := instance(9)
+	i.Policy, i.AdminPolicy = all, all
+	if d, err := s.PutInstance(context.Background(), i); !errors.Is(err, ErrTooLarge) || d != 0 {
+		t.Errorf("%v, %v", d, err)
+	}
+	put(t, s, instance(10), Stored)
+	if err := s.PutACMEAttestation(context.Background(), ACMEAttestation{Quote: strings.Repeat("x", 2<<20)}); err == nil || errors.Is(err, ErrNotWritable) {
+		t.Error(err)
+	}
+
+	// A record that a server with a lower limit refuses must not block the others behind it.
+	big := op{key: "inst/big", value: []byte(`{"v":1,"data":"` + strings.Repeat("x", 3<<20) + `"}`), at: 1}
+	value, _ := s.codec.encode(instanceKey(instance(11).ID), 1, toInstanceRecord(instance(11)))
+	s.mirror.wait([]op{big, {key: instanceKey(instance(11).ID), value: value, at: 1}})
+	s.setDown(errors.New("invented"))
+	s.wake()
+	eventually(t, "the rest to be written", func() bool { st := s.Status(); return st.Writable && st.Pending == 0 })
+	has(t, s, instance(11))
+	if _, ok := s.mirror.get("inst/big"); ok {
+		t.Error("the record that was given up is still shown")
+	}
+}
+
+// TestOutageLatency: an etcd that hangs does not hold registrations up beyond the first.
+func TestOutageLatency(t *testing.T) {
+	t.Parallel()
+	opts, _ := testOptions(t, t.TempDir())
+	opts.WriteTimeout = time.Second
+	s := openWith(t, opts)
+	b := s.currentBackend()
+	b2 := *b
+	release := make(chan struct{})
+	b2.kv = hungKV{b.kv, release}
+	s.setBackend(&b2)
+	put(t, s, instance(0), Journaled)
+	for n := range 60 {
+		start := time.Now()
+		put(t, s, instance(n), Journaled)
+		if d := time.Since(start); d > opts.WriteTimeout/2 {
+			t.Fatalf("registration %d took %s", n, d)
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	close(release)
+	eventually(t, "etcd to be writable", func() bool { st := s.Status(); return st.Writable && st.Pending == 0 })
+	put(t, s, instance(1), Stored)
+	s.setBackend(b)
 }
 
 // TestQueueFull: a caller with a deadline is not kept beyond it.
@@ -411,4 +488,27 @@ type slowKV struct {
 func (k slowKV) Txn(ctx context.Context) clientv3.Txn {
 	<-k.release
 	return k.KV.Txn(ctx)
+}
+
+// hungKV does not answer until it is released.
+type hungKV struct {
+	clientv3.KV
+	release chan struct{}
+}
+
+func (k hungKV) hang(ctx context.Context) {
+	select {
+	case <-k.release:
+	case <-ctx.Done():
+	}
+}
+
+func (k hungKV) Txn(ctx context.Context) clientv3.Txn {
+	k.hang(ctx)
+	return k.KV.Txn(ctx)
+}
+
+func (k hungKV) Get(ctx context.Context, key string, opts ...clientv3.OpOption) (*clientv3.GetResponse, error) {
+	k.hang(ctx)
+	return k.KV.Get(ctx, key, opts...)
 }

@@ -22,13 +22,11 @@ type instanceRecord struct {
 	AdminPolicy *policyRecord `json:"admin_port_policy,omitempty"`
 }
 
+// policyRecord lists ports as numbers: a guest may declare all 65,535 of them, and the record must still fit in etcd.
 type policyRecord struct {
-	Ports    map[uint16]portRecord `json:"ports,omitempty"`
-	Restrict bool                  `json:"restrict_mode"`
-}
-
-type portRecord struct {
-	PP bool `json:"pp"`
+	Ports    []uint16 `json:"ports,omitempty"` // all declared ports, ascending
+	PP       []uint16 `json:"pp,omitempty"`    // those of them that get a PROXY header
+	Restrict bool     `json:"restrict_mode"`
 }
 
 func toPolicyRecord(p *registry.PortPolicy) *policyRecord {
@@ -36,10 +34,10 @@ func toPolicyRecord(p *registry.PortPolicy) *policyRecord {
 		return nil
 	}
 	r := &policyRecord{Restrict: p.Restrict}
-	if len(p.Ports) > 0 {
-		r.Ports = make(map[uint16]portRecord, len(p.Ports))
-		for port, f := range p.Ports {
-			r.Ports[port] = portRecord{PP: f.PP}
+	for _, a := range p.List() {
+		r.Ports = append(r.Ports, uint16(a.Port))
+		if a.PP {
+			r.PP = append(r.PP, uint16(a.Port))
 		}
 	}
 	return r
@@ -50,8 +48,11 @@ func (r *policyRecord) policy() *registry.PortPolicy {
 		return nil
 	}
 	p := &registry.PortPolicy{Restrict: r.Restrict, Ports: make(map[uint16]registry.PortFlags, len(r.Ports))}
-	for port, f := range r.Ports {
-		p.Ports[port] = registry.PortFlags{PP: f.PP}
+	for _, port := range r.Ports {
+		p.Ports[port] = registry.PortFlags{}
+	}
+	for _, port := range r.PP {
+		p.Ports[port] = registry.PortFlags{PP: true}
 	}
 	return p
 }

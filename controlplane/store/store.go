@@ -82,7 +82,7 @@ type Options struct {
 	MinFreeBytes int64
 	// WriteTimeout is how long etcd has for a batch of registrations before they go to the journal. Default 2 s.
 	WriteTimeout time.Duration
-	// StartTimeout is how long Open waits for etcd before it starts without. Default 20 s.
+	// StartTimeout is how long Open waits for etcd before it starts without. Default 20 s embedded, 5 s external.
 	StartTimeout time.Duration
 	// BackupInterval is how often backup.json follows changed registrations. Other changes are backed up within a
 	// second. Default 1 min.
@@ -98,7 +98,6 @@ func (o *Options) fill() error {
 		}
 	}
 	def(&o.WriteTimeout, 2*time.Second)
-	def(&o.StartTimeout, 20*time.Second)
 	def(&o.BackupInterval, time.Minute)
 	if o.QuotaBytes <= 0 {
 		o.QuotaBytes = 512 << 20
@@ -125,7 +124,9 @@ func (o *Options) fill() error {
 			return fmt.Errorf("store: mode %q takes no endpoints; set the mode to %q to use %v", Embedded, External, o.Endpoints)
 		}
 		o.Prefix = ""
+		def(&o.StartTimeout, 20*time.Second)
 	case External:
+		def(&o.StartTimeout, 5*time.Second)
 		if len(o.Endpoints) == 0 {
 			return fmt.Errorf("store: mode %q needs endpoints", External)
 		}
@@ -185,10 +186,12 @@ type state struct {
 	since    time.Time
 	// wasWritable: it was once, in this life.
 	wasWritable bool
-	diskFull    string // why the free-space gate is closed, empty when open
-	lastErr     error
-	lastAt      time.Time
-	waiters     []chan struct{}
+	// probing: somebody finds out whether etcd can work; probed: it can.
+	probing, probed bool
+	diskFull        string // why the free-space gate is closed, empty when open
+	lastErr         error
+	lastAt          time.Time
+	waiters         []chan struct{}
 	// The rest is for Status.
 	backedUp  time.Time
 	backupErr error
@@ -416,7 +419,7 @@ func (s *Store) connect() (*backend, error) {
 		if err != nil {
 			return nil, err
 		}
-		ctx, cancel := context.WithTimeout(s.ctx, s.opts.StartTimeout)
+		ctx, cancel := context.WithTimeout(s.ctx, listTimeout)
 		defer cancel()
 		if err := s.relist(ctx, b); err != nil {
 			b.close(closeTimeout)

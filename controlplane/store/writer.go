@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"slices"
 	"time"
 
@@ -37,8 +38,35 @@ func (d Durability) String() string {
 	return "unknown"
 }
 
-// maxBatch is how many writes share one transaction; etcd's own default limit is 128.
-const maxBatch = 100
+const (
+	// maxBatch is how many writes share one transaction; etcd's own default limit is 128.
+	maxBatch = 100
+	// maxBatchBytes and maxValueBytes keep a transaction below etcd's default limit of 1.5 MiB.
+	maxBatchBytes = 1 << 20
+	maxValueBytes = 1400 << 10
+)
+
+// ErrTooLarge: a record does not fit into etcd. It is not stored anywhere.
+var ErrTooLarge = errors.New("record is too large")
+
+// chunks cuts ops into what fits into one transaction.
+func chunks(ops []op) iter.Seq[[]op] {
+	return func(yield func([]op) bool) {
+		for len(ops) > 0 {
+			n, size := 1, len(ops[0].key)+len(ops[0].value)
+			for n < min(len(ops), maxBatch) {
+				if size += len(ops[n].key) + len(ops[n].value); size > maxBatchBytes {
+					break
+				}
+				n++
+			}
+			if !yield(ops[:n]) {
+				return
+			}
+			ops = ops[n:]
+		}
+	}
+}
 
 // request is one write on its way to the writer.
 type request struct {
@@ -175,26 +203,32 @@ func (s *Store) commit(batch []*request) {
 		last[r.key] = n
 	}
 	ops := make([]op, 0, len(last))
-	answer := batch[:0]
+	result := make(map[string]outcome, len(last))
 	for n, r := range batch {
 		if last[r.key] != n {
-			answer = append(answer, r)
 			continue
 		}
 		o := op{key: r.key, at: s.stamp(r.key)}
 		if r.record != nil {
 			var err error
-			if o.value, err = s.codec.encode(o.key, o.at, r.record); err != nil {
-				r.done <- outcome{0, err}
+			if o.value, err = s.codec.encode(o.key, o.at, r.record); err == nil && len(o.value) > maxValueBytes {
+				err = fmt.Errorf("store: %s: %w: %d bytes, at most %d are accepted", o.key, ErrTooLarge, len(o.value), maxValueBytes)
+			}
+			if err != nil {
+				result[r.key] = outcome{0, err}
 				continue
 			}
 		}
 		ops = append(ops, o)
-		answer = append(answer, r)
 	}
-	o := s.place(ops)
-	for _, r := range answer {
-		r.done <- o
+	for chunk := range chunks(ops) {
+		o := s.place(chunk)
+		for _, c := range chunk {
+			result[c.key] = o
+		}
+	}
+	for _, r := range batch {
+		r.done <- result[r.key]
 	}
 }
 
@@ -209,9 +243,6 @@ func (s *Store) stamp(key string) int64 {
 }
 
 func (s *Store) place(ops []op) outcome {
-	if len(ops) == 0 {
-		return outcome{}
-	}
 	b, err := s.writableBackend()
 	if err == nil {
 		var rev int64
@@ -234,8 +265,9 @@ func (s *Store) place(ops []op) outcome {
 func (s *Store) putAll(b *backend, ops []op) (int64, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), s.opts.WriteTimeout)
 	defer cancel()
+	puts := etcdOps(ops) // not in the call, which may be given up and go on: ops are ours
 	resp, err := call(ctx, b, func(ctx context.Context) (*clientv3.TxnResponse, error) {
-		return b.kv.Txn(ctx).Then(etcdOps(ops)...).Commit()
+		return b.kv.Txn(ctx).Then(puts...).Commit()
 	})
 	if err != nil {
 		return 0, fmt.Errorf("writing %d records to etcd: %w", len(ops), err)
@@ -297,61 +329,80 @@ func (s *Store) noteError(err error) {
 	s.state.lastErr, s.state.lastAt = err, s.opts.Now()
 }
 
-// recover makes waiting writes durable and tries to get etcd writable again. It reports whether all is well.
+// recover makes waiting writes durable and, once a probe has found etcd able to work, replays them. It reports whether
+// all is well. The writer does not wait for an etcd that does not answer: registrations come in all the time.
 func (s *Store) recover() bool {
 	s.stateMu.Lock()
-	b, writable, full := s.state.backend, s.state.writable, s.state.diskFull
-	lastErr := s.state.lastErr
+	b, writable, full, probed := s.state.backend, s.state.writable, s.state.diskFull, s.state.probed
+	s.state.probed = false
 	s.stateMu.Unlock()
 	if writable && full == "" {
 		return true
 	}
-	err := func() error {
-		switch {
-		case b == nil:
-			return errors.New("etcd is not open")
-		case full != "":
-			return errors.New(full)
-		}
-		ctx, cancel := context.WithTimeout(context.Background(), s.opts.WriteTimeout)
-		defer cancel()
-		if b.embedded && errors.Is(lastErr, rpctypes.ErrNoSpace) {
-			if err := s.makeRoom(b); err != nil {
-				return err
+	if b != nil && full == "" {
+		if !probed {
+			s.probe(b)
+		} else if err := s.replay(b); err != nil {
+			s.setDown(err)
+		} else {
+			if since, first := s.setWritable(); first {
+				s.log.Info("etcd is open", "mode", s.opts.Mode, "took", s.opts.Now().Sub(since).Round(time.Millisecond))
+			} else if !since.IsZero() {
+				s.log.Info("etcd takes writes again", "not_writable_for", s.opts.Now().Sub(since).Round(time.Millisecond))
 			}
+			return true
 		}
-		// A linearizable read needs the quorum.
-		if _, err := call(ctx, b, func(ctx context.Context) (*clientv3.GetResponse, error) { return b.kv.Get(ctx, "quorum") }); err != nil {
-			return fmt.Errorf("reading from etcd: %w", err)
+	}
+	var loose []op
+	for _, o := range s.mirror.waiting() {
+		if !o.journaled {
+			loose = append(loose, o)
 		}
-		return s.replay(b)
-	}()
-	if err != nil {
-		if b != nil && full == "" {
+	}
+	if len(loose) > 0 && s.toJournal(loose) == nil {
+		s.log.Info("registrations that were only in memory are in the journal now", "records", len(loose))
+	}
+	return false
+}
+
+// probe finds out in the background whether etcd can work, and wakes the writer if so. There is one at a time.
+func (s *Store) probe(b *backend) {
+	s.stateMu.Lock()
+	busy, lastErr := s.state.probing, s.state.lastErr
+	s.state.probing = true
+	s.stateMu.Unlock()
+	if busy {
+		return
+	}
+	s.tasks.Go(func() {
+		err := func() error {
+			if b.embedded && errors.Is(lastErr, rpctypes.ErrNoSpace) {
+				if err := s.makeRoom(b); err != nil {
+					return err
+				}
+			}
+			ctx, cancel := context.WithTimeout(s.ctx, s.opts.WriteTimeout)
+			defer cancel()
+			// A linearizable read needs the quorum.
+			if _, err := call(ctx, b, func(ctx context.Context) (*clientv3.GetResponse, error) { return b.kv.Get(ctx, "quorum") }); err != nil {
+				return fmt.Errorf("reading from etcd: %w", err)
+			}
+			return nil
+		}()
+		s.stateMu.Lock()
+		s.state.probing, s.state.probed = false, err == nil && s.state.backend == b
+		s.stateMu.Unlock()
+		if err == nil {
+			s.wake()
+		} else if s.currentBackend() == b && s.ctx.Err() == nil {
 			s.setDown(err)
 		}
-		var loose []op
-		for _, o := range s.mirror.waiting() {
-			if !o.journaled {
-				loose = append(loose, o)
-			}
-		}
-		if len(loose) > 0 && s.toJournal(loose) == nil {
-			s.log.Info("registrations that were only in memory are in the journal now", "records", len(loose))
-		}
-		return false
-	}
-	if since, first := s.setWritable(); first {
-		s.log.Info("etcd is open", "mode", s.opts.Mode, "took", s.opts.Now().Sub(since).Round(time.Millisecond))
-	} else if !since.IsZero() {
-		s.log.Info("etcd takes writes again", "not_writable_for", s.opts.Now().Sub(since).Round(time.Millisecond))
-	}
-	return true
+	})
 }
 
 // makeRoom is the answer to a database that has reached its quota.
 func (s *Store) makeRoom(b *backend) error {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(s.ctx, time.Minute)
 	defer cancel()
 	resp, err := call(ctx, b, func(ctx context.Context) (*clientv3.GetResponse, error) { return b.kv.Get(ctx, "quorum") })
 	if err != nil {
@@ -367,24 +418,13 @@ func (s *Store) makeRoom(b *backend) error {
 // replay brings the waiting writes to etcd. A key that etcd holds with a later time stamp keeps its value: another node
 // wrote it while this one could not.
 func (s *Store) replay(b *backend) error {
-	waiting := s.mirror.waiting()
 	written, dropped := 0, 0
-	for len(waiting) > 0 {
-		chunk := waiting[:min(len(waiting), maxBatch)]
-		waiting = waiting[len(chunk):]
-		for try := 1; ; try++ {
-			w, d, clash, err := s.replayChunk(b, chunk)
-			if err != nil {
-				return fmt.Errorf("replaying the journal: %w", err)
-			}
-			if !clash {
-				written, dropped = written+w, dropped+d
-				break
-			}
-			if try == 5 {
-				return errors.New("replaying the journal: other nodes keep changing the same records")
-			}
+	for chunk := range chunks(s.mirror.waiting()) {
+		w, d, err := s.replaySome(b, chunk)
+		if err != nil {
+			return fmt.Errorf("replaying the journal: %w", err)
 		}
+		written, dropped = written+w, dropped+d
 	}
 	if err := s.journal.reset(); err != nil {
 		// The records are replayed once more after a restart, which does no harm.
@@ -396,6 +436,34 @@ func (s *Store) replay(b *backend) error {
 		s.log.Info("writes that had waited are in etcd", "written", written, "superseded_by_other_nodes", dropped)
 	}
 	return nil
+}
+
+// replaySome replays a chunk until no other node interferes. A record that etcd refuses for its size would block all
+// others for ever: it is given up.
+func (s *Store) replaySome(b *backend, chunk []op) (written, dropped int, err error) {
+	for range 5 {
+		w, d, clash, err := s.replayChunk(b, chunk)
+		switch {
+		case errors.Is(err, rpctypes.ErrRequestTooLarge) && len(chunk) > 1:
+			for n := range chunk {
+				w, d, err := s.replaySome(b, chunk[n:n+1])
+				if err != nil {
+					return 0, 0, err
+				}
+				written, dropped = written+w, dropped+d
+			}
+			return written, dropped, nil
+		case errors.Is(err, rpctypes.ErrRequestTooLarge):
+			s.log.Error("etcd refuses a record for its size and it is given up; raise the server's --max-request-bytes", "key", chunk[0].key, "bytes", len(chunk[0].value))
+			s.mirror.abandon(chunk[0].key)
+			return 0, 1, nil
+		case err != nil:
+			return 0, 0, err
+		case !clash:
+			return w, d, nil
+		}
+	}
+	return 0, 0, errors.New("other nodes keep changing the same records")
 }
 
 func (s *Store) replayChunk(b *backend, chunk []op) (written, dropped int, clash bool, err error) {
@@ -429,8 +497,9 @@ func (s *Store) replayChunk(b *backend, chunk []op) (written, dropped int, clash
 		unchanged = append(unchanged, clientv3.Compare(clientv3.ModRevision(o.key), "=", rev))
 	}
 	if len(puts) > 0 {
+		then := etcdOps(puts)
 		resp, err := call(ctx, b, func(ctx context.Context) (*clientv3.TxnResponse, error) {
-			return b.kv.Txn(ctx).If(unchanged...).Then(etcdOps(puts)...).Commit()
+			return b.kv.Txn(ctx).If(unchanged...).Then(then...).Commit()
 		})
 		if err != nil {
 			return 0, 0, false, err
