@@ -133,13 +133,13 @@ func TestMemory(t *testing.T) {
 		}
 	}
 	write("meminfo", "MemTotal:       1000 kB\nMemFree:         300 kB\nMemAvailable:    500 kB\nBuffers:          10 kB\nCached:           90 kB\nSwapCached:        5 kB\nSlab:             77 kB\n")
-	for _, p := range []struct{ pid, parent, pss int }{{5, 1, 100}, {6, 5, 40}, {7, 1, 9}} {
+	for _, p := range []struct{ pid, parent, pss int }{{5, 1, 100}, {6, 5, 40}, {7, 1, 9}, {8, 4, 3}, {4, 1, 2}} {
 		d := strconv.Itoa(p.pid)
 		write(d+"/stat", d+" (x) S "+strconv.Itoa(p.parent)+" 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 1 0 0")
 		write(d+"/smaps_rollup", "00400000-7fff ---p 00000000 00:00 0 [rollup]\nRss: 500 kB\nPss:  "+strconv.Itoa(p.pss)+" kB\nPss_Dirty: 1 kB\n")
 	}
-	got, err := ReadMemory(root, Groups{Gateway: 5})
-	want := Memory{Used: 600, Slab: 77, RSS: 140, Others: 9}
+	got, err := ReadMemory(root, Groups{Bench: 4, Gateway: 5})
+	want := Memory{Used: 600, Slab: 77, RSS: 140, Foreign: 9}
 	if err != nil || got != want {
 		t.Errorf("got %+v, %v, want %+v", got, err, want)
 	}

@@ -10,10 +10,10 @@ import (
 
 // Memory is the machine's memory at one moment, in KiB.
 type Memory struct {
-	Used   uint64 // total minus free, buffers and page cache: all processes and the kernel
-	Slab   uint64 // kernel objects: sockets, inodes, dentries
-	RSS    uint64 // proportional set size of the gateway's process tree
-	Others uint64 // proportional set size of all other processes, the bench's own included
+	Used    uint64 // total minus free, buffers and page cache: all processes and the kernel
+	Slab    uint64 // kernel objects: sockets, inodes, dentries
+	RSS     uint64 // proportional set size of the gateway's process tree
+	Foreign uint64 // proportional set size of processes outside the bench
 }
 
 // ParseMeminfo reads the text of /proc/meminfo (proc(5)) into Used and Slab.
@@ -79,10 +79,11 @@ func ReadMemory(root string, g Groups) (Memory, error) {
 		if err != nil {
 			return Memory{}, fmt.Errorf("process %d: %w", pid, err)
 		}
-		if own[pid] == gateway {
+		switch own[pid] {
+		case gateway:
 			m.RSS += pss
-		} else {
-			m.Others += pss
+		case outside:
+			m.Foreign += pss
 		}
 	}
 	return m, nil

@@ -8,7 +8,7 @@ import (
 )
 
 // settle is how long memory is left alone before it is measured: sockets' timers and deferred frees must have run.
-const settle = 700 * time.Millisecond
+const settle = time.Second
 
 // primed is how many connections are opened before the first measurement, so that pools and code are in place.
 const primed = 64
@@ -77,11 +77,14 @@ func runIdle(ctx context.Context, s Spec) (Result, error) {
 		}
 	}
 	each := func(a, b uint64) float64 { return (float64(b) - float64(a)) / float64(s.Conns) }
+	own := func(m cpu.Memory) uint64 { return m.Used - min(m.Used, m.Foreign) }
 	return Result{Windows: []Window{{
 		Usage:  cpu.Between(a, b, s.Groups),
 		Count:  uint64(s.Conns),
-		Memory: each(before.Used, after.Used),
+		Memory: each(own(before), own(after)),
 		Slab:   each(before.Slab, after.Slab),
 		RSS:    each(before.RSS, after.RSS),
+
+		Foreign: each(before.Foreign, after.Foreign),
 	}}}, nil
 }

@@ -69,10 +69,14 @@ type Window struct {
 	P99 float64 `json:"p99_us,omitempty"`
 	Max float64 `json:"max_us,omitempty"`
 
-	// Idle: KiB a connection. Memory is the whole machine's growth, Slab and RSS (gateway processes) parts of it.
+	// Idle: KiB a connection. Memory is the whole machine's growth without processes
+	// outside the bench, Slab and RSS (gateway processes) are parts of it.
 	Memory float64 `json:"memory_kib,omitempty"`
 	Slab   float64 `json:"slab_kib,omitempty"`
 	RSS    float64 `json:"rss_kib,omitempty"`
+	// Foreign is how much processes outside the bench grew or shrank meanwhile, in KiB a connection. If it is not
+	// small, Memory is not to be trusted: their page tables, buffers and births cannot be taken off.
+	Foreign float64 `json:"foreign_kib,omitempty"`
 }
 
 // Result of a run.

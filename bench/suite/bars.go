@@ -83,9 +83,9 @@ func (c Case) bars(express bool) []report.Bar {
 	case kind == load.Setup:
 		return []report.Bar{atMost("cpu", "haproxy-splice", 1+level), atLeast("rate", "haproxy-splice", 1-level), untracked}
 	case kind == load.Idle && express:
-		return []report.Bar{above("memory", "l3", 1), untracked}
+		return []report.Bar{above("accounted", "l3", 1), untracked}
 	case kind == load.Idle:
-		return []report.Bar{above("memory", "l3", 12), untracked}
+		return []report.Bar{above("accounted", "l3", 12), untracked}
 	}
 	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"os"
 	"time"
 
@@ -107,6 +108,9 @@ func progress(log *slog.Logger, c Case, cell report.Cell) {
 	log.Info("cell", args...)
 }
 
+// foreignMemory is how much others' memory may change during an idle case, in KiB a connection.
+const foreignMemory = 0.5
+
 // measure runs a cell, again if others disturbed it.
 func measure(ctx context.Context, o Options, cert arm.Certificate, c Case, a arm.Arm) report.Cell {
 	if why := a.Lacks(c.need()); why != "" {
@@ -122,11 +126,12 @@ func measure(ctx context.Context, o Options, cert arm.Certificate, c Case, a arm
 			cell.Error = err.Error()
 			return cell
 		}
-		worst := 0.0
+		worst, moved := 0.0, 0.0
 		for _, w := range cell.Windows {
 			worst = max(worst, w.Usage.ForeignShare())
+			moved = max(moved, math.Abs(w.Foreign))
 		}
-		cell.Noisy = o.Noise > 0 && worst > o.Noise
+		cell.Noisy = o.Noise > 0 && (worst > o.Noise || moved > foreignMemory)
 		if worst < share {
 			best, share = cell, worst
 		}

@@ -115,7 +115,7 @@ func TestValues(t *testing.T) {
 		case c.Spec.Kind == load.Bulk:
 			want = map[string]float64{"gbit": 20, "cpu": 0.6, "process": 0.3}
 		case c.Spec.Kind == load.Idle:
-			want = map[string]float64{"memory": 12, "slab": 5, "rss": 6, "busy": 75}
+			want = map[string]float64{"memory": 12, "slab": 5, "rss": 6, "accounted": 11, "busy": 75}
 		case c.Spec.Kind == load.Reachable:
 			want = map[string]float64{"p50": 30, "max": 100}
 		case c.Churn:
