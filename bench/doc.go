@@ -6,5 +6,4 @@
 //	go run ./bench list            # the cases
 //
 // It needs root and installs nothing. Compare numbers of one run only, and quote ratios.
-// See docs/performance.md for the method and the results.
 package main
