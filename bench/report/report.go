@@ -45,8 +45,11 @@ type Cell struct {
 	Facts   map[string]string  `json:"facts,omitempty"`
 }
 
-// Set sets a metric.
+// Set sets a metric. What is not a finite number was not measured and is left out: JSON has no word for it.
 func (c *Cell) Set(key string, v float64) {
+	if math.IsNaN(v) || math.IsInf(v, 0) {
+		return
+	}
 	if c.Metrics == nil {
 		c.Metrics = map[string]float64{}
 	}
@@ -105,7 +108,7 @@ func (r *Report) values(name, arm, key string) map[int]float64 {
 		if c.Case != name || c.Arm != arm || c.Error != "" || c.Lacks != "" {
 			continue
 		}
-		if v, ok := c.Metrics[key]; ok && !math.IsNaN(v) {
+		if v, ok := c.Metrics[key]; ok {
 			out[c.Round] = v
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"flag"
 	"io"
+	"math"
 	"os"
 	"path/filepath"
 	"strings"
@@ -112,6 +113,16 @@ func TestJSON(t *testing.T) {
 	}
 	if again := back.Markdown(); again != sample().Markdown() {
 		t.Error("the report read back renders differently")
+	}
+}
+
+func TestSet(t *testing.T) {
+	r := &Report{Cells: make([]Cell, 1)}
+	for k, v := range map[string]float64{"a": 1, "b": math.NaN(), "c": math.Inf(1)} {
+		r.Cells[0].Set(k, v)
+	}
+	if _, err := r.JSON(); err != nil || len(r.Cells[0].Metrics) != 1 {
+		t.Errorf("%v, %v", r.Cells[0].Metrics, err)
 	}
 }
 
