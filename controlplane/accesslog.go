@@ -47,7 +47,7 @@ func (a *accessLog) closed(r *dataplane.Record) {
 func (a *accessLog) run(ctx context.Context) {
 	var second int64
 	var written [64]int
-	var suppressed uint64
+	var suppressed, seen uint64
 	for {
 		var r dataplane.Record
 		select {
@@ -56,9 +56,11 @@ func (a *accessLog) run(ctx context.Context) {
 		case r = <-a.queue:
 		}
 		if now := time.Now().Unix(); now != second {
-			if suppressed += a.dropped.Swap(0); suppressed > 0 {
-				a.log.Warn("access log lines were left out", "count", suppressed)
+			dropped := a.dropped.Load()
+			if n := suppressed + dropped - seen; n > 0 {
+				a.log.Warn("access log lines were left out", "count", n)
 			}
+			seen = dropped
 			second, suppressed, written = now, 0, [64]int{}
 		}
 		if !r.Reason.Served() {

@@ -217,6 +217,9 @@ func (l *loader) finishProxy() {
 	if _, set := l.config.origin["core.proxy.policy_hold"]; !set {
 		p.PolicyHold = p.Timeouts.Connect
 	}
+	if l.config.Core.Preflight == PreflightEnforce {
+		l.warn(Unavailable, "core.preflight", "has no effect: the kernel preflight is not available in this release; `dstack-gw doctor` shows the limits")
+	}
 	if p.ConnectionRebalance && !p.ThreadPerCore {
 		l.warn(Suspicious, "core.proxy.connection_rebalance", "connection_rebalance is set but has no effect without core.proxy.thread_per_core")
 	}

@@ -67,7 +67,7 @@ func table(c *Config) []section {
 	all = append(all, section{path: "core", doc: "Process-wide settings.", keys: []key{
 		{name: "set_ulimit", def: true, to: &core.SetUlimit, doc: "Raise the soft limit of open files to the hard limit at start. A connection takes two descriptors, six while spliced."},
 		{name: "rpc_domain", def: "", to: &core.RPCDomain, doc: "When not empty, the guest agent is asked at every start for the certificate of the main server, with this name in it, and `tls.key`, `tls.certs` and `tls.mutual.ca_certs` are overwritten. Empty: the files are used as they are."},
-		{name: "preflight", def: PreflightWarn, to: &core.Preflight, since: ours, oneOf: []string{PreflightWarn, PreflightEnforce, PreflightOff}, doc: "What to do when a kernel limit is too low for `core.tuning`: `warn` logs the remedy and goes on, `enforce` refuses to start, `off` does not look. `enforce` turns a bad host into an outage that is seen at once instead of under load."},
+		{name: "preflight", def: PreflightWarn, to: &core.Preflight, since: ours, oneOf: []string{PreflightWarn, PreflightEnforce, PreflightOff}, doc: "What to do when a kernel limit is too low for `core.tuning`. The kernel preflight is part of a later release: until then the value is accepted and has no effect, and `dstack-gw doctor` shows the limits."},
 	}})
 	all = append(all, section{path: "core.auth", doc: "Webhook that is asked whether an app may register.", keys: []key{
 		{name: "enabled", def: false, to: &core.Auth.Enabled, doc: "Ask the webhook. Off: every attested app may register."},
@@ -153,7 +153,7 @@ func table(c *Config) []section {
 		{name: "access_log", def: false, to: &core.Log.AccessLog, doc: "Log each proxied connection when it ends. At high connection rates this costs noticeable CPU: see `sample`."},
 		{name: "sample", def: 1, to: &core.Log.Sample, min: 1, doc: "Log one in this many connections; 1 = all."},
 	}})
-	all = append(all, section{path: "core.tuning", since: ours, doc: "Targets for which the preflight computes kernel limits; nothing in the gateway is limited by them.", keys: []key{
+	all = append(all, section{path: "core.tuning", since: ours, doc: "Targets for which `dstack-gw doctor` judges kernel limits; nothing in the gateway is limited by them.", keys: []key{
 		{name: "target_connections", def: 100000, to: &core.Tuning.TargetConnections, min: 1, doc: "Client connections open at the same time."},
 		{name: "target_rate", def: 0, to: &core.Tuning.TargetRate, derived: "the larger of 1000 and a hundredth of `target_connections`", doc: "New connections a second at the peak; closed ones stay in the kernel's tables for minutes, so the rate often counts for more than the number."},
 	}})
