@@ -35,7 +35,7 @@ func (g *Gateway) openServers() error {
 		return err
 	}
 	main := g.rpc.MainHandler(prpc.Options{Identify: ratls.IdentifyRequest(nil), MethodLimits: limits(&cfg.Server), Logger: g.log})
-	if err := add(listen("main", g.log, &cfg.Server, g.identity.ServerConfig(), main)); err != nil {
+	if err := add(listen("main", g.log, &cfg.Server, g.identity.ServerConfig(), guardBodies(main))); err != nil {
 		return err
 	}
 	metrics := promhttp.HandlerFor(g.metrics, promhttp.HandlerOpts{ErrorLog: slogWriter(g.log, "metrics"), MaxRequestsInFlight: 4, Timeout: 30 * time.Second})
