@@ -293,7 +293,7 @@ func ask(hc *http.Client, method, url, body string, header ...string) (answer, e
 	return answer{resp.StatusCode, resp.Header, string(text), resp.Proto}, err
 }
 
-var plainClient = &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 16, IdleConnTimeout: time.Second},
+var plainClient = &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 64, IdleConnTimeout: time.Second},
 	CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 
 func (g *gateway) tryAdmin(method, path, body string) (answer, error) {

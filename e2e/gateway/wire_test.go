@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -417,7 +418,10 @@ func TestPeerFile(t *testing.T) {
 		return fmt.Sprintf("\n[Peer]\nPublicKey = %s\nAllowedIPs = %s/32\nPersistentKeepalive = 25\n", v.key.PublicKey(), ip)
 	}
 	file(head)
-	b, c, a := newGuest(t, "b"), newGuest(t, "c"), newGuest(t, "a")
+	a, b, c := newGuest(t, "a"), newGuest(t, "b"), newGuest(t, "c")
+	sorted := []*guest{a, b, c}
+	slices.SortFunc(sorted, func(x, y *guest) int { return strings.Compare(x.instance, y.instance) })
+	a, b, c = sorted[0], sorted[1], sorted[2]
 	for _, v := range []*guest{b, c, a} {
 		v.register(t, g)
 	}
