@@ -17,7 +17,7 @@ const (
 	largeWait   = 5 * time.Second
 	// refusedBody is how much of a refused body is read and dropped, so that a sender that writes before it reads sees
 	// the answer instead of a reset.
-	refusedBody = 8 << 20
+	refusedBody = 1 << 20
 )
 
 var (
