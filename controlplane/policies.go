@@ -21,7 +21,7 @@ import (
 
 // policyFetcher asks guests that report no port policy for the one in their compose
 // file (gateway spec 5.9): one fetch in flight an instance, with retries, and no
-// more than fetchLimit at once.
+// more than fetchLimit questions at once.
 type policyFetcher struct {
 	log       *slog.Logger
 	reg       *registry.Registry
@@ -54,12 +54,6 @@ func (f *policyFetcher) need(id string) {
 	}
 	f.wg.Go(func() {
 		defer f.flights.Delete(id)
-		select {
-		case f.slots <- struct{}{}:
-			defer func() { <-f.slots }()
-		case <-f.ctx.Done():
-			return
-		}
 		err := f.fetch(id)
 		if err == nil {
 			f.last.Delete(id)
@@ -83,9 +77,7 @@ func (f *policyFetcher) fetch(id string) error {
 		if p, _ := i.Effective(); p != nil {
 			return nil // reported or set in the meantime
 		}
-		ctx, cancel := context.WithTimeout(f.ctx, f.opt.Timeout.Std())
-		p, err := agent.FetchPortPolicy(ctx, f.hc, f.url(i.IP))
-		cancel()
+		p, err := f.ask(i.IP)
 		if err == nil {
 			policy, err := parsePolicy(p)
 			if err != nil {
@@ -103,6 +95,20 @@ func (f *policyFetcher) fetch(id string) error {
 		}
 		backoff = min(backoff*2, f.opt.BackoffMax.Std())
 	}
+}
+
+// ask makes one attempt, with a slot of its own. Between two attempts the slot is free: instances that do not answer must
+// not keep those waiting that would.
+func (f *policyFetcher) ask(ip netip.Addr) (*gatewaypb.PortPolicy, error) {
+	select {
+	case f.slots <- struct{}{}:
+		defer func() { <-f.slots }()
+	case <-f.ctx.Done():
+		return nil, f.ctx.Err()
+	}
+	ctx, cancel := context.WithTimeout(f.ctx, f.opt.Timeout.Std())
+	defer cancel()
+	return agent.FetchPortPolicy(ctx, f.hc, f.url(ip))
 }
 
 // lastFailure says why the last fetch for an instance failed, "" if none did.
