@@ -211,14 +211,20 @@ func (g *Gateway) Run(ctx context.Context) error {
 	g.log.Info("gateway is serving", "version", g.opt.Version, "proxy", g.cfg.Core.Proxy.ListenPort.String(), "rpc", g.cfg.Server.Address.String(),
 		"wireguard", string(g.wg.Status().Mode), "instances", g.reg.Len(), "start", time.Since(g.started).Round(time.Millisecond))
 	var err error
+	why := "a signal"
 	select {
 	case <-ctx.Done():
 	case <-g.stop:
+		why = "the Exit RPC"
 	case err = <-errs: // one server that ends ends the process
+		why = "a server that ended"
 	}
+	began := time.Now()
+	g.log.Info("gateway is stopping: calls under way are finished, then connections are closed", "because", why, "connections", g.dp.Connections())
 	cancel()
 	servers.Wait()
 	g.closeAll()
+	g.log.Info("gateway has stopped", "took", time.Since(began).Round(time.Millisecond))
 	return err
 }
 
