@@ -9,6 +9,7 @@ import (
 	"os"
 	"regexp"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -195,6 +196,7 @@ func TestDebugServer(t *testing.T) {
 // TestExit: SIGTERM and the Exit RPC end the process in order, with code 0, and leave what must stay.
 func TestExit(t *testing.T) {
 	t.Parallel()
+	needMachine(t)
 	ip := need(t, "ip")
 	link := "e2e-exit0"
 	for _, argv := range [][]string{{ip, "link", "add", link, "type", "veth", "peer", "name", "e2e-exit1"}, {ip, "link", "set", link, "up"}} {
@@ -204,21 +206,24 @@ func TestExit(t *testing.T) {
 	}
 	g := newGateway(t, settings{"core.wg.mode": nil, "core.wg.interface": link})
 	for _, c := range []struct {
-		name string
-		end  func()
+		name, log string
+		end       func()
 	}{
-		{"SIGTERM", func() { g.proc.cmd.Process.Signal(os.Interrupt) }},
-		{"Exit", func() {
+		{"SIGTERM", "a signal", func() { g.proc.cmd.Process.Signal(syscall.SIGTERM) }},
+		{"Exit", "the Exit RPC", func() {
 			if a, err := g.tryAdmin("POST", "/prpc/Exit?json", "{}"); err != nil || a.body != "null" {
 				t.Errorf("Exit: %v %+v", err, a)
 			}
 		}},
-		{"Exit by force", func() {
+		{"Exit by force", "", func() {
 			if a, err := g.tryAdmin("POST", "/prpc/Exit?json", `{"force":true}`); err == nil {
 				t.Errorf("Exit by force was answered: %+v", a)
 			}
 		}},
 	} {
+		if err := os.RemoveAll(g.path("log")); err != nil {
+			t.Fatal(err)
+		}
 		g.start()
 		v := newGuest(t, c.name)
 		v.register(t, g)
@@ -243,6 +248,10 @@ func TestExit(t *testing.T) {
 		}
 		if d := time.Since(began); d > 7*time.Second {
 			t.Errorf("%s: took %s", c.name, d)
+		}
+		if c.log != "" {
+			g.logged("gateway is stopping", c.log)
+			g.logged("gateway has stopped")
 		}
 		out, _, _ := runIn(t, "", nil, ip, "-o", "link", "show", link)
 		if !strings.Contains(out, ",UP") {

@@ -22,7 +22,7 @@ func TestKill9(t *testing.T) {
 	pages(t, 8084, "app")
 	type state struct {
 		*guest
-		mu    sync.Mutex
+		mu   sync.Mutex
 		ip   netip.Addr
 		keys []string // of the last answer, and of all questions without one since
 	}

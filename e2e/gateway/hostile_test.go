@@ -158,7 +158,7 @@ func TestHostileRPC(t *testing.T) {
 		}
 	}
 	t.Logf("memory %d MiB before, %d MiB with 200 strangers that have sent 9 MiB each", memory, rss(t, pid))
-	if peak := rss(t, pid); peak > memory+300 {
+	if peak := rss(t, pid); peak > memory+400 {
 		t.Errorf("200 strangers who sent 9 MiB each cost %d MiB", peak-memory)
 	}
 	cancel()
@@ -205,6 +205,17 @@ func TestHostileRPC(t *testing.T) {
 		})
 	}
 	time.Sleep(300 * time.Millisecond)
+	within(t, 10*time.Second, func() error { // this process has to come to rest itself
+		began := time.Now()
+		c, err := net.Dial("tcp", g.addr(mainPort))
+		if err == nil {
+			c.Close()
+		}
+		if d := time.Since(began); d > 20*time.Millisecond {
+			return fmt.Errorf("a bare connection takes %s: %w", d, err)
+		}
+		return err
+	})
 	worst := time.Duration(0)
 	for range 30 {
 		began := time.Now()
@@ -213,14 +224,14 @@ func TestHostileRPC(t *testing.T) {
 		}
 		worst = max(worst, time.Since(began))
 	}
-	if worst > 2*time.Second {
+	if worst > time.Second {
 		t.Errorf("a guest waited %s", worst)
 	}
 	peak := rss(t, pid)
 	cancel()
 	wg.Wait()
 	t.Logf("guests waited %s at most among 100 slow senders and 500 streams; memory %d MiB before, %d MiB now", worst.Round(time.Millisecond), memory, peak)
-	if peak > memory+200 {
+	if peak > memory+400 {
 		t.Errorf("memory grew from %d to %d MiB", memory, peak)
 	}
 	anonymous.CloseIdleConnections()
@@ -231,9 +242,6 @@ func TestHostileRPC(t *testing.T) {
 		}
 		return nil
 	})
-	if strings.Contains(g.log(), "panic") {
-		t.Error("something panicked")
-	}
 }
 
 // nested is protobuf of unknown groups inside each other.

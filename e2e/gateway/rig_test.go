@@ -62,6 +62,7 @@ type gateway struct {
 	conf settings
 	key  wgtypes.Key
 	env  []string
+	bin  string
 	// wrap comes before the binary's path, for prlimit and the like.
 	wrap []string
 	proc *process
@@ -74,7 +75,7 @@ func newGateway(t *testing.T, more settings) *gateway {
 	t.Helper()
 	needMachine(t)
 	n := gateways.Add(1)
-	g := &gateway{t: t, ip: netip.AddrFrom4([4]byte{127, 0, byte(1 + n/250), byte(1 + n%250)}), dir: t.TempDir(), key: newKey(t)}
+	g := &gateway{t: t, ip: netip.AddrFrom4([4]byte{127, 0, byte(1 + n/250), byte(1 + n%250)}), dir: t.TempDir(), key: newKey(t), bin: binary()}
 	cred, err := platform(t).Issue(ratls.App{ID: gatewayApp[:], Subject: "gateway", Names: []string{g.ip.String(), "gateway.internal"}, ServerAuth: true, ClientAuth: true})
 	if err != nil {
 		t.Fatal(err)
@@ -105,6 +106,9 @@ func newGateway(t *testing.T, more settings) *gateway {
 	t.Cleanup(func() {
 		if g.proc != nil {
 			g.kill()
+		}
+		if log, err := os.ReadFile(g.path("log")); err == nil && (bytes.Contains(log, []byte("DATA RACE")) || bytes.Contains(log, []byte("panic"))) {
+			t.Errorf("the log of %s:\n%s", g.ip, log)
 		}
 		if t.Failed() {
 			if log, err := os.ReadFile(g.path("log")); err == nil {
@@ -144,7 +148,7 @@ func (g *gateway) toml() []byte {
 func (g *gateway) launch() {
 	g.t.Helper()
 	write(g.t, g.path("gateway.toml"), g.toml())
-	argv := append(slices.Clone(g.wrap), binary(), "-c", g.path("gateway.toml"))
+	argv := append(slices.Clone(g.wrap), g.bin, "-c", g.path("gateway.toml"))
 	g.proc = launch(g.t, g.path("log"), g.env, argv)
 }
 
