@@ -126,7 +126,9 @@ func New(ctx context.Context, o Options) (g *Gateway, err error) {
 	if err := os.MkdirAll(cfg.Core.Sync.DataDir, 0o700); err != nil {
 		return g, fmt.Errorf("data directory (core.sync.data_dir): %w", err)
 	}
-	if g.store, err = openStore(ctx, cfg, g.log, labelled); err != nil {
+	// Not cut short by a signal: the store counts openings that have not come to an end, and takes a database that
+	// repeatedly survives none for damaged.
+	if g.store, err = openStore(context.WithoutCancel(ctx), cfg, g.log, labelled); err != nil {
 		return g, err
 	}
 	g.onClose(func() { _ = g.store.Close() })
@@ -338,11 +340,7 @@ func openStore(ctx context.Context, cfg *config.Config, log *slog.Logger, r prom
 		}
 		o.TLS = t
 	}
-	s, err := store.Open(ctx, o)
-	if err != nil {
-		return nil, fmt.Errorf("store: %w", err)
-	}
-	return s, nil
+	return store.Open(ctx, o)
 }
 
 // publishSelf writes this node's record; a restart takes an operator's "down" back
