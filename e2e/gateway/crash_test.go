@@ -6,8 +6,10 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -147,4 +149,32 @@ func TestKill9(t *testing.T) {
 		}
 	}
 	t.Logf("%d registrations acknowledged, %d kills, traffic %s after a start at the latest", acked.Load(), rounds, slowest.Round(time.Millisecond))
+}
+
+// TestInterruptedStarts: a gateway that is asked to end while it starts ends soon and in order, however often; that is no
+// evidence against its database.
+func TestInterruptedStarts(t *testing.T) {
+	t.Parallel()
+	g := startGateway(t, nil)
+	pages(t, 8088, "app")
+	l := &ledger{t, g, 8088, map[*guest]netip.Addr{}}
+	l.register("interrupted", 5)
+	g.kill()
+	codes := map[int]int{}
+	for i := range 20 {
+		g.launch()
+		time.Sleep(time.Duration(10+8*i) * time.Millisecond)
+		began := time.Now()
+		code := g.proc.end(syscall.SIGTERM)
+		codes[code]++ // -1: the signal came before anybody could be asked
+		if d := time.Since(began); d > 3*time.Second || code > 0 {
+			t.Errorf("a start that ends after %d ms: exit code %d after %s", 10+8*i, code, d)
+		}
+	}
+	t.Logf("exit codes: %v", codes)
+	g.start()
+	l.check("after 20 interrupted starts")
+	if strings.Contains(g.log(), "DAMAGED") {
+		t.Errorf("the database was taken for damaged:\n%s", g.log())
+	}
 }

@@ -66,9 +66,10 @@ func fill(t *testing.T, g *gateway, keep int64) {
 
 // ledger is what guests were told.
 type ledger struct {
-	t   *testing.T
-	g   *gateway
-	ips map[*guest]netip.Addr
+	t    *testing.T
+	g    *gateway
+	port int // where pages answers for all of them with "app"
+	ips  map[*guest]netip.Addr
 }
 
 // register registers n new guests.
@@ -88,7 +89,7 @@ func (l *ledger) check(what string) {
 		if want := fmt.Sprintf(`{"instance_id":%q,"app_id":%q,"ip":%q,"public_key":%q,`, v.instance, v.app, ip, v.key.PublicKey()); !strings.Contains(state, want) {
 			l.t.Errorf("%s: the registration of %s (%s) is lost", what, ip, v.instance)
 		}
-		if page, err := l.g.get(v.instance+"-8082", 5*time.Second); err != nil || page != ip.String()+" app" {
+		if page, err := l.g.get(fmt.Sprintf("%s-%d", v.instance, l.port), 5*time.Second); err != nil || page != ip.String()+" app" {
 			l.t.Errorf("%s: %s is not reached: %v %q", what, ip, err, page)
 		}
 	}
@@ -120,7 +121,7 @@ func TestDisk(t *testing.T) {
 	t.Run("too small from the start", func(t *testing.T) {
 		t.Parallel()
 		g := newGateway(t, nil)
-		l := &ledger{t, g, map[*guest]netip.Addr{}}
+		l := &ledger{t, g, 8082, map[*guest]netip.Addr{}}
 		disk(t, g, 24)
 		g.start()
 		g.logged("level=ERROR", "etcd cannot be opened", "MiB free", "192 MiB are needed", "no space left on device")
@@ -145,7 +146,7 @@ func TestDisk(t *testing.T) {
 	t.Run("full while running", func(t *testing.T) {
 		t.Parallel()
 		g := newGateway(t, nil)
-		l := &ledger{t, g, map[*guest]netip.Addr{}}
+		l := &ledger{t, g, 8082, map[*guest]netip.Addr{}}
 		disk(t, g, 400)
 		g.start()
 		l.register("before", 5)
@@ -177,7 +178,7 @@ func TestDisk(t *testing.T) {
 	t.Run("read-only", func(t *testing.T) {
 		t.Parallel()
 		g := newGateway(t, nil)
-		l := &ledger{t, g, map[*guest]netip.Addr{}}
+		l := &ledger{t, g, 8082, map[*guest]netip.Addr{}}
 		disk(t, g, 600)
 		g.start()
 		l.register("before", 5)
@@ -242,7 +243,7 @@ func TestDisk(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			g := startGateway(t, nil)
-			l := &ledger{t, g, map[*guest]netip.Addr{}}
+			l := &ledger{t, g, 8082, map[*guest]netip.Addr{}}
 			l.register(name, 10)
 			g.admin("AddZtDomain", `{"domain":"kept.example","port":443}`)
 			if code := g.stop(); code != 0 {
