@@ -21,10 +21,12 @@ import (
 	"github.com/dstack-gw/dstack-gw/bench/arm"
 	"github.com/dstack-gw/dstack-gw/bench/report"
 	"github.com/dstack-gw/dstack-gw/bench/rig"
+	"github.com/dstack-gw/dstack-gw/bench/soak"
 	"github.com/dstack-gw/dstack-gw/bench/suite"
 )
 
 const usage = `usage: bench run [flags]    measure (as root); see bench run -h
+       bench soak [flags]   keep thousands of connections of all kinds open and check that nothing is lost (as root)
        bench list           print the cases
 `
 
@@ -46,6 +48,16 @@ func command(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 		defer stop()
 		err = run(ctx, args[1:], stdout, stderr)
+	case "soak":
+		ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+		defer stop()
+		err = runSoak(ctx, args[1:], stdout, stderr)
+	case "soak-agent":
+		if len(args) != 2 {
+			err = errUsage
+			break
+		}
+		err = soak.Agent(args[1], stdin, stdout)
 	case "list":
 		for _, c := range suite.Cases(suite.Sizes{Idle: idleConns}) {
 			fmt.Fprintf(stdout, "%-24s %s\n", c.Name, c.Title)

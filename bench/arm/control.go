@@ -80,6 +80,29 @@ func (c *Control) call(ctx context.Context, port int, method string, in, out any
 	return nil
 }
 
+// Get reads a page of the admin interface, such as /metrics.
+func (c *Control) Get(ctx context.Context, path string) ([]byte, error) {
+	fail := func(err error) ([]byte, error) { return nil, fmt.Errorf("reading the admin page %s: %w", path, err) }
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d%s", adminPort, path), nil)
+	if err != nil {
+		return fail(err)
+	}
+	req.Header.Set("Authorization", "Bearer "+c.token)
+	resp, err := c.client.Do(req)
+	if err != nil {
+		return fail(err)
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(io.LimitReader(resp.Body, 64<<20))
+	if err != nil {
+		return fail(err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		return fail(fmt.Errorf("%s: %s", resp.Status, bytes.TrimSpace(text)))
+	}
+	return text, nil
+}
+
 // Register registers an instance with a key of its own and returns the address it was given.
 func (c *Control) Register(ctx context.Context, app, instance string) (netip.Addr, error) {
 	var key [32]byte

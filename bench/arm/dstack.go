@@ -23,6 +23,8 @@ type Dstack struct {
 	Binary string // path of the program
 	// Extra is TOML appended to the configuration; its tables must not repeat those of the rig's file.
 	Extra string
+	// Admin is more lines of the table [core.admin].
+	Admin string
 }
 
 // Ports of the dstack gateways in the rig. The control interfaces listen on loopback of the gateway's namespace.
@@ -77,7 +79,7 @@ ca_certs = "` + dir + `/chain.pem"
 enabled = true
 address = "127.0.0.1:` + fmt.Sprint(adminPort) + `"
 auth_token = "` + token + `"
-
+` + d.Admin + `
 [core.debug]
 address = "127.0.0.1:` + fmt.Sprint(debugPort) + `"
 insecure_enable_debug_rpc = true
