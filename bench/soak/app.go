@@ -19,13 +19,14 @@ const limit = 10 * time.Minute
 type app struct {
 	book      *book
 	release   chan struct{} // closed: nobody is slow or stalled any more
+	tiny      int           // receive buffer of slow readers in bytes; the kernel doubles it
 	listeners []*net.TCPListener
 	wg        sync.WaitGroup
 }
 
 // startApp listens where the rig's names lead to; plain serves terminated connections.
 func startApp(ip netip.Addr) (*app, error) {
-	a := &app{book: newBook("app"), release: make(chan struct{})}
+	a := &app{book: newBook("app"), tiny: tiny, release: make(chan struct{})}
 	for _, port := range []uint16{backend.RequestPassthrough, backend.RequestPlain} {
 		l, err := net.ListenTCP("tcp4", net.TCPAddrFromAddrPort(netip.AddrPortFrom(ip, port)))
 		if err != nil {
@@ -117,11 +118,11 @@ func (a *app) serve(c *net.TCPConn, passthrough bool) {
 	case Requests, Quiet, Hasty:
 		err = e.answer()
 	case SlowApp:
-		c.SetReadBuffer(tiny)
+		c.SetReadBuffer(a.tiny)
 		slow.slowly(p.slow)
 		err = e.exchange(p.app, false)
 	case Stalled:
-		c.SetReadBuffer(tiny)
+		c.SetReadBuffer(a.tiny)
 		slow.free, slow.hold = p.free, a.release
 		err = e.exchange(p.app, false)
 	case ClientResets, AppResets:

@@ -68,13 +68,14 @@ type client struct {
 	tls    [2]*tls.Config
 	stop   chan struct{}
 	until  time.Time // when the last byte must have come
+	tiny   int       // as in app
 
 	mu            sync.Mutex
 	full, resumed uint64
 }
 
 func newClient(s Spec) (*client, error) {
-	c := &client{spec: s, book: newBook("client"), stop: make(chan struct{})}
+	c := &client{spec: s, tiny: tiny, book: newBook("client"), stop: make(chan struct{})}
 	for i := range c.hellos {
 		var err error
 		if c.hellos[i], err = wire.Hello(s.Pass, i == 1); err != nil {
@@ -107,7 +108,7 @@ func (c *client) connect(small bool) (*net.TCPConn, error) {
 		d.Control = func(_, _ string, raw syscall.RawConn) error {
 			var err error
 			if cerr := raw.Control(func(fd uintptr) {
-				err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF, tiny)
+				err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF, c.tiny)
 			}); cerr != nil {
 				return cerr
 			}

@@ -175,7 +175,8 @@ func (e *end) answer() error {
 	return e.drain(func() {})
 }
 
-// tiny is the receive buffer of slow readers in bytes; the kernel doubles it.
+// tiny is the receive buffer of slow readers in the rig in bytes. On loopback, whose segments are larger than that,
+// TCP would crawl from one window probe to the next.
 const tiny = 4096
 
 // throttle reads slowly while it is told to.

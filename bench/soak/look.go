@@ -32,6 +32,8 @@ type Look struct {
 	RSS  uint64 `json:"rss_kib"`
 	PSS  uint64 `json:"pss_kib"`
 	Slab uint64 `json:"slab_kib"` // the whole machine
+	// Live is what Go's heap and stacks have in use; with garbage while connections are open.
+	Live uint64 `json:"live_kib"`
 
 	// Metrics are those of the gateway that are not 0 by their full names.
 	Metrics map[string]float64 `json:"metrics,omitempty"`
@@ -58,12 +60,17 @@ type stack struct {
 }
 
 // watched are the metrics kept in a Look.
-var watched = []string{"dstack_gateway_", "go_goroutines", "go_memstats_heap_inuse_bytes", "go_memstats_stack_inuse_bytes"}
+var watched = []string{"dstack_gateway_", "go_goroutines", "go_memstats_heap_alloc_bytes", "go_memstats_stack_inuse_bytes"}
 
-// look reads everything. It needs core.admin.pprof.
-func look(ctx context.Context, run arm.Running, began time.Time) (Look, error) {
+// look reads everything. It needs core.admin.pprof. With collect garbage is collected before, so that Live is right.
+func look(ctx context.Context, run arm.Running, began time.Time, collect bool) (Look, error) {
 	l := Look{At: time.Since(began).Seconds()}
 	fail := func(err error) (Look, error) { return l, fmt.Errorf("looking at the gateway: %w", err) }
+	if collect {
+		if _, err := run.Control.Get(ctx, "/debug/pprof/heap?gc=1"); err != nil {
+			return fail(err)
+		}
+	}
 	proc := filepath.Join("/proc", strconv.Itoa(run.PID))
 	dir, err := os.Open(filepath.Join(proc, "fd"))
 	if err != nil {
@@ -123,6 +130,7 @@ func look(ctx context.Context, run arm.Running, began time.Time) (Look, error) {
 	if l.Metrics, err = parseMetrics(text); err != nil {
 		return fail(err)
 	}
+	l.Live = uint64(l.Metrics["go_memstats_heap_alloc_bytes"]+l.Metrics["go_memstats_stack_inuse_bytes"]) / 1024
 	if text, err = run.Control.Get(ctx, "/debug/pprof/goroutine?debug=1"); err != nil {
 		return fail(err)
 	}

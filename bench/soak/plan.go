@@ -97,6 +97,7 @@ func newPlan(k Kind, id, seed uint64) plan {
 		return s
 	}
 	short := func() time.Duration { return ms(100, 1500) }
+	long := func() time.Duration { return ms(500, 4000) }
 	none := func() time.Duration { return 0 }
 	switch k {
 	case Requests:
@@ -106,13 +107,13 @@ func newPlan(k Kind, id, seed uint64) plan {
 	case Quiet:
 		p.requests = []request{{64, 64, ms(5000, 25000)}, {64, 64, 0}}
 	case SlowClient:
-		p.client, p.app = burst(1, 32, 500, none), burst(1, 256<<10, 768<<10, none)
-		p.slow = ms(2000, 9000)
+		p.client, p.app = burst(1, 32, 500, none), burst(1, 192<<10, 448<<10, none)
+		p.slow = ms(3000, 12000)
 	case SlowApp:
-		p.client, p.app = burst(1, 256<<10, 768<<10, none), burst(1, 32, 500, none)
-		p.slow = ms(2000, 9000)
+		p.client, p.app = burst(1, 192<<10, 448<<10, none), burst(1, 32, 500, none)
+		p.slow = ms(3000, 12000)
 	case Bulk:
-		p.client, p.app = burst(2+r.IntN(4), 32<<10, 320<<10, short), burst(2+r.IntN(4), 32<<10, 320<<10, short)
+		p.client, p.app = burst(2+r.IntN(3), 8<<10, 256<<10, long), burst(2+r.IntN(3), 8<<10, 256<<10, long)
 	case ClientFirst:
 		p.client = burst(1+r.IntN(2), 16, 40<<10, short)
 		p.app = append(burst(1, 16, 20<<10, short), step{afterPeer: true})
@@ -122,8 +123,8 @@ func newPlan(k Kind, id, seed uint64) plan {
 		p.client = append(burst(1, 16, 20<<10, short), step{afterPeer: true})
 		p.client = append(p.client, burst(3+r.IntN(5), 16, 60<<10, short)...)
 	case ClientResets, AppResets:
-		gap := func() time.Duration { return ms(0, 700) }
-		p.client, p.app = burst(3, 16, 80<<10, gap), burst(3, 16, 80<<10, gap)
+		gap := func() time.Duration { return ms(0, 1200) }
+		p.client, p.app = burst(3, 16, 40<<10, gap), burst(3, 16, 40<<10, gap)
 		p.reset = ms(0, 5000)
 	case Hasty:
 		p.haste = r.IntN(5)

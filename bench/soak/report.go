@@ -48,6 +48,7 @@ type Idle struct {
 type IdleCost struct {
 	Conns   int     `json:"conns"`
 	PSS     float64 `json:"pss_kib"`     // the gateway's process
+	Live    float64 `json:"live_kib"`    // of it in use after a garbage collection
 	Slab    float64 `json:"slab_kib"`    // the kernel's objects, of both ends too
 	Machine float64 `json:"machine_kib"` // the whole machine without others, the harness's processes included
 	Foreign float64 `json:"foreign_kib"` // how others' memory changed meanwhile: what they do to Slab is unknown
@@ -103,15 +104,15 @@ func (r *Report) Markdown() string {
 	}
 	if i := r.Idle; i != nil {
 		p("## Memory of an idle relayed connection\n")
-		p("| KiB a connection | connections | gateway process (PSS) | kernel objects (slab), without both ends | together | machine, all in all | others meanwhile |")
-		p("|---|---|---|---|---|---|---|")
+		p("| KiB a connection | connections | gateway process (PSS) | of it in use (heap, stacks) | kernel objects (slab), without both ends | PSS and slab | machine, all in all | others meanwhile |")
+		p("|---|---|---|---|---|---|---|---|")
 		for _, x := range []struct {
 			name string
 			c    *IdleCost
 		}{{"forwarded", i.Forwarded}, {"terminated", i.Terminated}} {
 			if x.c != nil {
 				process, kernel := i.relayed(x.c)
-				p("| %s | %d | %.1f | %.1f | %.1f | %.1f | %.1f |", x.name, x.c.Conns, process, kernel, process+kernel, x.c.Machine, x.c.Foreign)
+				p("| %s | %d | %.1f | %.1f | %.1f | %.1f | %.1f | %.1f |", x.name, x.c.Conns, process, x.c.Live, kernel, process+kernel, x.c.Machine, x.c.Foreign)
 			}
 		}
 		p("\nThe sockets of client and app cost %.1f KiB of slab a connection, measured without a gateway and taken off.\n", i.Ends.Slab)
@@ -162,6 +163,7 @@ func most(all []Look) Look {
 		out.Sockets, out.Pipes, out.Others = max(out.Sockets, l.Sockets), max(out.Pipes, l.Pipes), max(out.Others, l.Others)
 		out.Threads = max(out.Threads, l.Threads)
 		out.Goroutines, out.Kept = max(out.Goroutines, l.Goroutines), max(out.Kept, l.Kept)
+		out.Live = max(out.Live, l.Live)
 		out.RSS, out.PSS, out.Slab = max(out.RSS, l.RSS), max(out.PSS, l.PSS), max(out.Slab, l.Slab)
 		for k, v := range l.Metrics {
 			out.Metrics[k] = max(out.Metrics[k], v)
@@ -191,6 +193,7 @@ func looks(p func(string, ...any), ls []Look) {
 	row("threads", func(l *Look) float64 { return float64(l.Threads) })
 	row("RSS, MiB", func(l *Look) float64 { return float64(l.RSS) / 1024 })
 	row("PSS, MiB", func(l *Look) float64 { return float64(l.PSS) / 1024 })
+	row("heap and stacks in use, MiB", func(l *Look) float64 { return float64(l.Live) / 1024 })
 	row("slab of the machine, MiB", func(l *Look) float64 { return float64(l.Slab) / 1024 })
 	for _, name := range []string{"connections", "connections_active", "connections_half_open", "app_connections", "handler_panics_total",
 		"accept_shed_total", "splice_no_pipe_total", "splice_engaged_total", "rejected_total", "dial_failures_total"} {
