@@ -252,8 +252,6 @@ func (g *Gateway) openWireGuard(ctx context.Context, r prometheus.Registerer) (*
 	if err != nil {
 		return nil, fmt.Errorf("WireGuard interface %s: %w", c.Interface, err)
 	}
-	st := d.Status()
-	g.log.Info("WireGuard is ready", "interface", c.Interface, "mode", string(st.Mode), "reason", st.Reason, "adopted", st.Adopted)
 	return d, nil
 }
 

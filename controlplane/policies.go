@@ -16,6 +16,7 @@ import (
 	gatewaypb "github.com/dstack-gw/dstack-gw/api/gateway"
 	"github.com/dstack-gw/dstack-gw/controlplane/agent"
 	"github.com/dstack-gw/dstack-gw/controlplane/config"
+	"github.com/dstack-gw/dstack-gw/controlplane/doctor"
 	"github.com/dstack-gw/dstack-gw/controlplane/registry"
 )
 
@@ -116,6 +117,17 @@ func (f *policyFetcher) lastFailure(id string) string {
 	v, _ := f.last.Load(id)
 	s, _ := v.(string)
 	return s
+}
+
+// state is for doctor.
+func (f *policyFetcher) state() doctor.PolicyFetches {
+	st := doctor.PolicyFetches{Failed: f.failures.Load()}
+	f.flights.Range(func(any, any) bool { st.InFlight++; return true })
+	f.last.Range(func(id, why any) bool {
+		st.Last = fmt.Sprintf("instance %s: %s", id, why)
+		return false
+	})
+	return st
 }
 
 // forget drops what is remembered of an instance that is gone.

@@ -102,7 +102,7 @@ func (c *Collector) Collect(ch chan<- prometheus.Metric) {
 		counter(c.dialFail, sum(func(w *worker) *atomic.Uint64 { return &w.stats.dialFail[i] }), dialNames[i])
 	}
 	gauge(c.conns, float64(c.s.Connections()))
-	gauge(c.halfOpen, float64(c.s.halfOpen.Load()))
+	gauge(c.halfOpen, float64(c.s.half.total.Load()))
 	counter(c.shed, sum(func(w *worker) *atomic.Uint64 { return &w.stats.shed }))
 	counter(c.splice, c.s.SpliceEngaged())
 	counter(c.nopipe, sum(func(w *worker) *atomic.Uint64 { return &w.relay.NoPipe }))

@@ -47,17 +47,20 @@ type conn struct {
 	waiting  bool // counted in the half-open limits
 	counted  bool // counted in app.State.Active
 	inPP     bool // pp came from the client's side
-	sendPP   bool // the winner's policy wants a header
+	opened   bool // what the app gets first (PROXY header, hello) is out
+	queued   bool // waits for a turn that it asked for
 
 	tm       loop.Timer
 	start    int64
 	dialFrom int64
 	deadline int64 // of the current phase, loop clock
-	lastMove int64
+	lastMove int64 // when bytes last came or left
+	unacked  int   // of both sockets, when last looked at
 
 	buf   []byte // bytes read and not consumed (pooled)
 	pp    proxyproto.Header
 	name  string
+	want  string // id that the name stands for
 	port  uint16
 	base  *routing.Base
 	app   *routing.App
@@ -83,6 +86,7 @@ type attempt struct {
 
 func (w *worker) begin(fd int, peer netip.AddrPort) {
 	c := &conn{w: w, id: w.s.ids.Add(1), peer: peer, statMode: modeUnknown, start: w.l.Now()}
+	defer w.l.Contain(c)
 	c.cli = loop.Sock{FD: fd, Readable: true, Writable: true}
 	c.tm.H = c
 	w.conns[c] = struct{}{}
@@ -96,6 +100,9 @@ func (w *worker) begin(fd int, peer netip.AddrPort) {
 
 // Ready implements loop.Handler for the client's socket.
 func (c *conn) Ready(ev loop.Event) {
+	if ev == 0 {
+		c.queued = false
+	}
 	c.cli.Note(ev)
 	switch c.st {
 	case stateHello:
@@ -104,6 +111,7 @@ func (c *conn) Ready(ev loop.Event) {
 		c.handshake()
 	case stateRelay:
 		c.relay()
+		c.failedAfterEnd(ev, &c.cli, relay.ToApp)
 	case stateResolve, statePolicy, stateDial:
 		// The client has nothing to say in between; only its disappearance matters.
 		if ev&(unix.EPOLLERR|unix.EPOLLHUP) != 0 {
@@ -137,14 +145,13 @@ func (c *conn) readHello() {
 		}
 		in := scratch[:n]
 		if c.buf != nil {
-			joined := append(c.buf[:len(c.buf):len(c.buf)], in...) // a copy: the pooled buffer may be too small
-			w.relay.PutChunk(c.buf)
-			c.buf, in = nil, joined
+			c.buf = w.relay.Extend(c.buf, in)
+			in = c.buf
 		}
 		if w.s.opt.InboundPROXY && !c.inPP {
 			h, used, err := proxyproto.Parse(in)
 			if err == proxyproto.ErrIncomplete {
-				c.buf = w.relay.Chunk(in)
+				c.keep(in)
 				continue
 			}
 			if err == nil && !c.trusted() {
@@ -156,17 +163,22 @@ func (c *conn) readHello() {
 			}
 			c.pp, c.inPP = h, true
 			in = in[used:]
+			if c.buf != nil {
+				c.buf = c.buf[:copy(c.buf, in)]
+				in = c.buf
+			}
 			c.deadline = w.l.Now() + int64(w.s.opt.Handshake)
 			if c.tm.Armed() {
 				c.armDeadline()
 			}
 			if len(in) == 0 {
+				c.dropBuf()
 				continue
 			}
 		}
 		name, err := clienthello.SNI(in, w.name[:0])
 		if err == clienthello.ErrIncomplete {
-			c.buf = w.relay.Chunk(in)
+			c.keep(in)
 			continue
 		}
 		if err != nil {
@@ -197,16 +209,11 @@ func (c *conn) trusted() bool {
 func (c *conn) awaitHello() {
 	w := c.w
 	if !c.waiting {
-		o := &w.s.opt
-		perPeer := (o.MaxHalfOpenPeer + len(w.s.workers) - 1) / len(w.s.workers)
-		if o.MaxHalfOpen > 0 && w.s.halfOpen.Load() >= o.MaxHalfOpen ||
-			o.MaxHalfOpenPeer > 0 && !o.InboundPROXY && w.waiting[c.peer.Addr()] >= perPeer {
+		if !w.s.half.enter(c.peer.Addr()) {
 			c.close(ReasonOverload, errors.New("too many connections without a complete ClientHello"))
 			return
 		}
 		c.waiting = true
-		w.s.halfOpen.Add(1)
-		w.waiting[c.peer.Addr()]++
 	}
 	if !c.watch() {
 		return
@@ -217,16 +224,9 @@ func (c *conn) awaitHello() {
 }
 
 func (c *conn) unwait() {
-	if !c.waiting {
-		return
-	}
-	c.waiting = false
-	c.w.s.halfOpen.Add(-1)
-	a := c.peer.Addr()
-	if n := c.w.waiting[a]; n > 1 {
-		c.w.waiting[a] = n - 1
-	} else {
-		delete(c.w.waiting, a)
+	if c.waiting {
+		c.waiting = false
+		c.w.s.half.leave(c.peer.Addr())
 	}
 }
 
@@ -284,7 +284,7 @@ func (c *conn) route(hello []byte) {
 	}
 	c.base = base
 	c.setMode(t.Mode)
-	c.port = t.Port
+	c.port, c.want = t.Port, t.ID
 	switch svc := t.Service(); svc {
 	case hostname.GatewayService, hostname.HealthService:
 		if err := svc.CheckPort(t.Port); err != nil {
@@ -299,7 +299,7 @@ func (c *conn) route(hello []byte) {
 			return
 		}
 	}
-	c.target(snap, hello, t.ID)
+	c.target(snap, hello)
 }
 
 func (c *conn) setMode(m hostname.Mode) {
@@ -328,15 +328,18 @@ func (c *conn) resolve() {
 	c.phase(o.Resolve + time.Second) // the context below is the limit; this one is its safety net
 	name, w := c.name, c.w
 	w.s.bg.Go(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), o.Resolve)
+		ctx, cancel := context.WithTimeout(w.s.ctx, o.Resolve)
 		defer cancel()
 		id, port, err := o.Hooks.ResolveCustom(ctx, name)
-		_ = w.l.Post(func() {
-			if c.st == stateResolve {
-				c.custom(c.buf, id, port, err)
-			}
-		})
+		_ = w.l.Post(func() { c.resolved(id, port, err) })
 	})
+}
+
+func (c *conn) resolved(id string, port uint16, err error) {
+	defer c.w.l.Contain(c)
+	if c.st == stateResolve {
+		c.custom(c.buf, id, port, err)
+	}
 }
 
 func (c *conn) custom(hello []byte, id string, port uint16, err error) {
@@ -345,12 +348,12 @@ func (c *conn) custom(hello []byte, id string, port uint16, err error) {
 		return
 	}
 	c.setMode(hostname.Passthrough)
-	c.port = port
+	c.port, c.want = port, id
 	if id == hostname.LocalhostID && c.w.s.opt.LocalhostBackend {
 		c.localhost(hello)
 		return
 	}
-	c.target(c.w.s.snap.Load(), hello, id)
+	c.target(c.w.s.snap.Load(), hello)
 }
 
 var loopback = netip.AddrFrom4([4]byte{127, 0, 0, 1})
@@ -360,9 +363,11 @@ func (c *conn) localhost(hello []byte) {
 	c.admit(hello)
 }
 
-// target finds the instances that may serve id.
-func (c *conn) target(snap *routing.Snapshot, hello []byte, id string) {
-	if inst := snap.Instance(id); inst != nil {
+// target finds the instances that may serve the id.
+func (c *conn) target(snap *routing.Snapshot, hello []byte) {
+	id := c.want
+	inst := snap.Instance(id)
+	if inst != nil {
 		c.app = snap.App(inst.AppID)
 		c.cands.Add(inst)
 	} else if app := snap.App(id); app != nil {
@@ -376,49 +381,47 @@ func (c *conn) target(snap *routing.Snapshot, hello []byte, id string) {
 		c.close(ReasonUnknownApp, fmt.Errorf("app %s not found", id))
 		return
 	}
-	c.policy(hello)
-}
 
-// policy drops candidates whose port policy refuses the port, and holds the
-// connection while the only ones left have not told theirs.
-func (c *conn) policy(hello []byte) {
+	// Drop candidates whose port policy refuses the port.
 	n := c.cands.Len()
-	unknown := 0
+	unknown := false
 	c.cands.Filter(func(i *routing.Instance) bool {
-		switch v, _ := i.Policy.Check(c.port); v {
-		case routing.Allow:
-			return true
-		case routing.Unknown:
-			unknown++
+		v, _ := i.Policy.Check(c.port)
+		if v == routing.Unknown {
+			unknown = true
 			c.w.s.opt.Hooks.NeedPolicy(i.ID)
 		}
-		return false
+		return v == routing.Allow
 	})
-	if c.cands.Len() > 0 {
+	if c.cands.Len() == 0 && inst == nil && n < len(c.app.Instances) {
+		// Instances that nobody may use have no connections, so they come first always.
+		c.app.ChooseFor(&c.cands, c.w.s.opt.Selection, c.port, time.Now().Unix(), c.w.s.Mono())
+	}
+	switch hold := c.w.s.opt.PolicyHold; {
+	case c.cands.Len() > 0:
 		c.admit(hello)
+	case unknown && c.st == statePolicy:
+		// It goes on waiting.
+	case unknown && hold > 0:
+		c.hold(snap, hello, hold)
+	default:
+		c.close(ReasonPortPolicy, c.denied(n))
+	}
+}
+
+// hold waits for a snapshot in which a policy allows the port.
+func (c *conn) hold(snap *routing.Snapshot, hello []byte, limit time.Duration) {
+	c.keep(hello)
+	c.st = statePolicy
+	if !c.watch() {
 		return
 	}
-	hold := c.w.s.opt.PolicyHold
-	if unknown > 0 && hold > 0 && c.st != statePolicy {
-		c.keep(hello)
-		c.st = statePolicy
-		if !c.watch() {
-			return
-		}
-		c.w.held[c] = struct{}{}
-		c.w.s.held.Add(1)
-		c.phase(hold)
-		// A snapshot that came between the look above and the count would be missed.
-		snap := c.w.s.snap.Load()
-		if v, _ := c.lookup(snap); v != routing.Unknown {
-			c.recheck()
-		}
-		return
+	c.w.held[c] = struct{}{}
+	c.w.s.held.Add(1)
+	c.phase(limit)
+	if c.w.s.snap.Load() != snap {
+		c.recheck() // SetSnapshot may have looked at the count before it was raised
 	}
-	if c.st == statePolicy && unknown > 0 {
-		return // still waiting
-	}
-	c.close(ReasonPortPolicy, c.denied(n))
 }
 
 func (c *conn) denied(n int) error {
@@ -429,33 +432,14 @@ func (c *conn) denied(n int) error {
 	return fmt.Errorf("port %d denied by app port policy for %s (%d candidate(s))", c.port, id, n)
 }
 
-// lookup re-reads the app's instances; it reports Unknown while none has told its policy.
-func (c *conn) lookup(snap *routing.Snapshot) (routing.Verdict, *routing.App) {
-	app := snap.App(c.app.ID)
-	if app == nil {
-		return routing.Deny, nil
-	}
-	for _, i := range app.Instances {
-		if i.Policy.Known {
-			return routing.Allow, app
-		}
-	}
-	return routing.Unknown, app
-}
-
 // recheck routes a held connection again.
 func (c *conn) recheck() {
+	defer c.w.l.Contain(c)
 	if c.st != statePolicy {
 		return
 	}
-	snap := c.w.s.snap.Load()
-	label, _, _ := hostname.Split(c.name)
-	id := c.app.ID
-	if t, err := hostname.ParseLabel(label); err == nil && c.base != nil && snap.Instance(t.ID) != nil {
-		id = t.ID
-	}
 	c.cands = routing.Candidates{}
-	c.target(snap, c.buf, id)
+	c.target(c.w.s.snap.Load(), c.buf)
 }
 
 func (c *conn) unhold() {
@@ -465,16 +449,21 @@ func (c *conn) unhold() {
 	}
 }
 
-// admit counts the connection and starts TLS or the dial.
+// full refuses the connection if its app has as many as it may.
+func (c *conn) full() bool {
+	limit := c.w.s.opt.MaxPerApp
+	if c.app == nil || limit <= 0 || c.app.State.Active.Load() < limit {
+		return false
+	}
+	c.close(ReasonAppLimit, fmt.Errorf("app %s has %d open connections, the limit of core.proxy.max_connections_per_app", c.app.ID, limit))
+	return true
+}
+
+// admit starts TLS or the dial.
 func (c *conn) admit(hello []byte) {
 	c.unhold()
-	if c.app != nil {
-		if n := c.app.State.Active.Add(1); c.w.s.opt.MaxPerApp > 0 && n > c.w.s.opt.MaxPerApp {
-			c.app.State.Active.Add(-1)
-			c.close(ReasonAppLimit, fmt.Errorf("app %s has %d open connections, the limit of core.proxy.max_connections_per_app", c.app.ID, n-1))
-			return
-		}
-		c.counted = true
+	if c.full() {
+		return
 	}
 	if c.mode == hostname.Passthrough {
 		c.dial(hello)
@@ -517,7 +506,15 @@ func (c *conn) handshake() {
 
 // ---- dialling ----
 
+// dial counts the connection and begins with the first candidate. A client in its TLS
+// handshake is not counted: whoever drags it out must not lock others out of the app.
 func (c *conn) dial(hello []byte) {
+	for c.app != nil && !takeBelow(&c.app.State.Active, c.w.s.opt.MaxPerApp) {
+		if c.full() {
+			return
+		}
+	}
+	c.counted = c.app != nil
 	c.st = stateDial
 	c.dialFrom = c.w.l.Now()
 	c.deadline = c.dialFrom + int64(c.w.s.opt.Connect)
@@ -580,9 +577,10 @@ func (c *conn) dialNext(hello []byte) {
 					return
 				}
 				c.pair.Up.Total = uint64(n)
+				w.relay.Copied[relay.ToApp].Add(uint64(n))
 				c.pair.Hold(w.relay, first[n:])
 				c.dropBuf()
-				c.sendPP = true // already out
+				c.opened = true
 				c.win(a)
 				return
 			}
@@ -598,8 +596,10 @@ func (c *conn) dialNext(hello []byte) {
 		if !c.watch() {
 			return
 		}
-		c.armDial()
-		return
+		if w.s.opt.HeadStart > 0 {
+			c.armDial()
+			return
+		}
 	}
 	if c.st != stateDial {
 		return
@@ -634,6 +634,7 @@ func (a *attempt) Ready(ev loop.Event) {
 	if c.won == a {
 		if c.st == stateRelay {
 			c.relay()
+			c.failedAfterEnd(ev, &a.sock, relay.ToClient)
 		}
 		return
 	}
@@ -692,7 +693,7 @@ func (c *conn) win(a *attempt) {
 	c.st = stateRelay
 	c.lastMove = now
 	c.pair.Started = now
-	if !c.sendPP {
+	if !c.opened {
 		open := c.opening(nil, a.inst)
 		if c.sess != nil {
 			c.sess.Hold(w.tls, open)
@@ -746,34 +747,77 @@ func (c *conn) relay() {
 	}
 	switch {
 	case err != nil:
-		reason := ReasonClientGone
-		if se, ok := err.(*relay.SideError); ok && se.Side == "app" {
-			reason = ReasonAppGone
+		side := ""
+		if se, ok := err.(*relay.SideError); ok {
+			side = se.Side
 		}
-		c.close(reason, err)
+		switch {
+		case side != "app":
+			c.close(ReasonClientGone, err)
+		case c.ended(relay.ToClient):
+			// All that the app had to say was passed on; it closed, and does not want the rest.
+			c.close(ReasonNormal, nil)
+		default:
+			c.close(ReasonAppGone, err)
+		}
 	case r.Done:
 		c.close(ReasonNormal, nil)
-	case r.Again:
+	case r.Again && !c.queued:
+		c.queued = true
 		w.l.Requeue(c)
 	}
 }
 
-// armRelay sets the timer to whatever limit comes first.
+func (c *conn) ended(dir int) bool {
+	if c.sess != nil {
+		return c.sess.Ended(dir)
+	}
+	return c.pair.Ended(dir)
+}
+
+// failedAfterEnd notices the reset of a peer that had ended its direction before: it is
+// not read from any more, and nothing may ever be written to it.
+func (c *conn) failedAfterEnd(ev loop.Event, s *loop.Sock, dir int) {
+	if c.st != stateRelay || ev&unix.EPOLLERR == 0 || !c.ended(dir) {
+		return
+	}
+	err := s.Err()
+	switch {
+	case err == nil:
+	case dir == relay.ToApp:
+		c.close(ReasonClientGone, &relay.SideError{Side: "client", Err: err})
+	default:
+		c.close(ReasonNormal, nil) // as in relay: the app closed
+	}
+}
+
+// armRelay sets the timer to whatever comes first: a limit, or the next look at what
+// the kernel holds.
 func (c *conn) armRelay() {
 	now := c.w.l.Now()
 	o := &c.w.s.opt
-	var at int64 = 1<<63 - 1
+	at := int64(forever)
 	if o.Idle > 0 {
-		at = c.lastMove + int64(o.Idle)
+		at = min(c.lastMove+int64(o.Idle), now+int64(o.Idle/4))
 	}
 	if o.Total > 0 {
 		at = min(at, c.start+int64(o.Total))
 	}
-	if at == 1<<63-1 {
+	if at == int64(forever) {
 		c.w.l.Disarm(&c.tm)
 		return
 	}
 	c.w.l.Arm(&c.tm, time.Duration(at-now))
+}
+
+// kernelMoved notes progress that no call shows: a slow reader takes what the kernel
+// holds for it, and the socket becomes writable only after a third of that has left.
+func (c *conn) kernelMoved(now int64) {
+	n := c.cli.Unacked() + c.won.sock.Unacked()
+	if n < c.unacked {
+		c.lastMove = now
+	}
+	c.unacked = n
 }
 
 // Expired implements loop.TimerHandler.
@@ -815,6 +859,7 @@ func (c *conn) Expired(*loop.Timer) {
 			c.close(ReasonTotal, errors.New("total timeout"))
 			return
 		}
+		c.kernelMoved(now)
 		if o.Idle > 0 && now-c.lastMove >= int64(o.Idle) {
 			c.close(ReasonIdle, errors.New("idle timeout"))
 			return
@@ -843,8 +888,17 @@ func (c *conn) builtin(svc hostname.Service, hello []byte) {
 			w.s.log.Warn("cannot serve a built-in name", "error", err)
 			return
 		}
-		w.s.opt.Hooks.ServeBuiltin(svc, mode, base, nc)
+		if w.s.lend(nc) {
+			defer w.s.returned(nc)
+			w.s.opt.Hooks.ServeBuiltin(svc, mode, base, nc)
+		}
 	})
+}
+
+// shutdown ends the connection because the server closes.
+func (c *conn) shutdown() {
+	defer c.w.l.Contain(c)
+	c.close(ReasonShutdown, nil)
 }
 
 // close ends the connection, whatever it is doing.

@@ -28,11 +28,12 @@ type Options struct {
 	InboundPROXY   bool
 	TrustedSources []netip.Prefix
 
-	Selection       routing.Selection
-	HeadStart       time.Duration // before a second instance is tried beside a silent one
-	MaxPerApp       int64         // 0 = unlimited
-	MaxHalfOpen     int64         // connections that have not sent a complete hello, all loops
-	MaxHalfOpenPeer int           // the same for one source address
+	Selection routing.Selection
+	HeadStart time.Duration // before a second instance is tried beside a silent one; 0 = try all at once
+	// MaxPerApp bounds the connections to one app, dials included, TLS handshakes not; 0 = unlimited.
+	MaxPerApp       int64
+	MaxHalfOpen     int64 // connections that have not sent a complete hello, all loops; 0 = unlimited
+	MaxHalfOpenPeer int   // the same for one source address (IPv6: one /64); not used with InboundPROXY
 	// LocalhostBackend lets the id `localhost` reach 127.0.0.1 (debugging only).
 	LocalhostBackend bool
 
@@ -40,7 +41,7 @@ type Options struct {
 	Splice     relay.Gate
 
 	PPHeader, Handshake, Resolve, Connect time.Duration
-	PolicyHold                            time.Duration
+	PolicyHold                            time.Duration // 0 = refuse at once while no policy is known
 	Idle, Total                           time.Duration
 }
 
@@ -56,7 +57,7 @@ type Hooks interface {
 	// answer comes as a new snapshot.
 	NeedPolicy(instanceID string)
 	// ServeBuiltin serves a reserved name over conn, on which TLS has not begun yet.
-	// It owns conn.
+	// It owns conn; Server.Close closes conn if the call has not returned by then.
 	ServeBuiltin(svc hostname.Service, mode hostname.Mode, base *routing.Base, conn net.Conn)
 	// Closed is told of every connection that ended. It must be cheap: it runs on the loop.
 	Closed(r *Record)

@@ -1,9 +1,11 @@
 package dataplane
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -24,12 +26,18 @@ type Server struct {
 	snap    atomic.Pointer[routing.Snapshot]
 	workers []*worker
 	epoch   time.Time // of the monotonic clock in routing.State.FailedAt
-	// halfOpen counts connections of all loops that have not sent a complete hello.
-	halfOpen atomic.Int64
-	ids      atomic.Uint64
-	held     atomic.Int64 // connections that wait for a port policy
-	bg       sync.WaitGroup
-	started  bool
+	half    *halfOpen
+	ids     atomic.Uint64
+	held    atomic.Int64 // connections that wait for a port policy
+	bg      sync.WaitGroup
+	ctx     context.Context // of lookups; ends with Close
+	cancel  context.CancelFunc
+	closing sync.Once
+
+	mu      sync.Mutex // guards what follows
+	started bool
+	closed  bool
+	lent    map[net.Conn]struct{} // to a ServeBuiltin that has not returned
 }
 
 type worker struct {
@@ -40,13 +48,15 @@ type worker struct {
 	accept []*loop.Acceptor
 	conns  map[*conn]struct{}
 	held   map[*conn]struct{}
-	// waiting counts connections without a complete hello by source.
-	waiting map[netip.Addr]int
-	name    [256]byte // scratch for the name of one hello
-	stats   workerStats
+	name   [256]byte // scratch for the name of one hello
+	stats  workerStats
 }
 
-// New builds a server that does not listen yet. Options are taken as they are.
+// forever stands for "no limit" where a deadline is computed. Loop clocks and
+// deadlines add up to it without overflow.
+const forever = time.Duration(1 << 61)
+
+// New builds a server that does not listen yet. It needs a Close even if it never starts.
 func New(o Options) (*Server, error) {
 	if o.Workers < 1 {
 		o.Workers = 1
@@ -60,23 +70,39 @@ func New(o Options) (*Server, error) {
 	if o.Hooks == nil || o.Logger == nil {
 		return nil, errors.New("dataplane: Hooks and Logger are required")
 	}
-	s := &Server{opt: o, log: o.Logger, epoch: time.Now()}
+	for _, d := range []*time.Duration{&o.PPHeader, &o.Handshake, &o.Resolve, &o.Connect} {
+		if *d <= 0 {
+			*d = forever
+		}
+	}
+	perSource := int64(o.MaxHalfOpenPeer)
+	if o.InboundPROXY {
+		perSource = 0 // the peer is the load balancer
+	}
+	s := &Server{opt: o, log: o.Logger, epoch: time.Now(), half: newHalfOpen(o.MaxHalfOpen, perSource), lent: map[net.Conn]struct{}{}}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.snap.Store(routing.Empty())
 	for range o.Workers {
 		l, err := loop.New(o.Logger)
 		if err != nil {
+			s.Close()
 			return nil, fmt.Errorf("start data plane worker: %w", err)
 		}
 		r := relay.NewWorker(o.BufferSize, o.Splice)
 		s.workers = append(s.workers, &worker{s: s, l: l, relay: r, tls: terminate.NewWorker(r),
-			conns: map[*conn]struct{}{}, held: map[*conn]struct{}{}, waiting: map[netip.Addr]int{}})
+			conns: map[*conn]struct{}{}, held: map[*conn]struct{}{}})
 	}
 	return s, nil
 }
 
-// Start binds every listener on every worker and begins to serve. Nothing is left
-// behind when it fails.
+// Start binds every listener on every worker and begins to serve. No listener is
+// left behind when it fails.
 func (s *Server) Start() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed || s.started {
+		return errors.New("proxy: the server was started or closed before")
+	}
 	// A bind without SO_REUSEPORT finds a port that another process holds; with it
 	// two gateways would silently share the traffic.
 	for _, at := range s.opt.Listen {
@@ -98,6 +124,7 @@ func (s *Server) Start() error {
 			}
 			a := &loop.Acceptor{Accepted: w.accepted, Shed: w.shed}
 			if err := a.Serve(w.l, fd); err != nil {
+				a.Close()
 				s.closeListeners()
 				return fmt.Errorf("proxy: watch listener %s: %w", at, err)
 			}
@@ -120,8 +147,14 @@ func (s *Server) closeListeners() {
 	}
 }
 
-// StopAccepting closes the listeners; connections go on.
+// StopAccepting closes the listeners; connections go on. It must not be called from Hooks.
 func (s *Server) StopAccepting() {
+	s.mu.Lock()
+	started := s.started
+	s.mu.Unlock()
+	if !started {
+		return
+	}
 	for _, w := range s.workers {
 		done := make(chan struct{})
 		if w.l.Post(func() {
@@ -136,17 +169,32 @@ func (s *Server) StopAccepting() {
 	}
 }
 
-// Close ends every connection and stops the loops.
-func (s *Server) Close() {
-	if !s.started {
+// Close ends every connection, also those of a ServeBuiltin that has not returned,
+// stops the loops and waits for the calls of Hooks that are under way. It must not be
+// called from Hooks.
+func (s *Server) Close() { s.closing.Do(s.close) }
+
+func (s *Server) close() {
+	s.cancel()
+	s.mu.Lock()
+	s.closed = true
+	started := s.started
+	for c := range s.lent {
+		c.Close()
+	}
+	s.mu.Unlock()
+	if !started {
 		s.closeListeners()
+		for _, w := range s.workers {
+			w.l.Close()
+		}
 		return
 	}
 	s.StopAccepting()
 	for _, w := range s.workers {
 		_ = w.l.Post(func() {
 			for c := range w.conns {
-				c.close(ReasonShutdown, nil)
+				c.shutdown()
 			}
 			w.relay.Close()
 			w.tls.Close()
@@ -154,6 +202,25 @@ func (s *Server) Close() {
 		w.l.Stop()
 	}
 	s.bg.Wait()
+}
+
+// lend notes a connection that leaves the loops for ServeBuiltin; it reports false,
+// and closes c, when the server is closing.
+func (s *Server) lend(c net.Conn) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		c.Close()
+		return false
+	}
+	s.lent[c] = struct{}{}
+	return true
+}
+
+func (s *Server) returned(c net.Conn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.lent, c)
 }
 
 // Snapshot returns what connections route by now.
@@ -183,6 +250,15 @@ func (s *Server) Connections() int64 {
 	var n int64
 	for _, w := range s.workers {
 		n += w.stats.live.Load()
+	}
+	return n
+}
+
+// Panics counts contained panics; each closed one connection.
+func (s *Server) Panics() uint64 {
+	var n uint64
+	for _, w := range s.workers {
+		n += w.l.Panics()
 	}
 	return n
 }

@@ -40,10 +40,15 @@ Options:
   -h, --help          print this text
 `
 
-func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	stop()
+	os.Exit(code)
+}
 
 // Exit codes: 0 after a graceful exit, 1 for a start-up error, 2 for bad usage.
-func run(args []string, stdout, stderr io.Writer) int {
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	fs := flag.NewFlagSet("dstack-gw", flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
 	var path string
@@ -82,13 +87,13 @@ func run(args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stdout, "dstack-gateway v%s (git:%.20s)\n", version, revision)
 		return 0
 	case len(words) == 0:
-		return daemon(path, stderr)
+		return daemon(ctx, path, stderr)
 	case words[0] == "config" && len(words) == 2 && (words[1] == "check" || words[1] == "print"):
 		return configTool(words[1], path, stdout, stderr)
 	case words[0] == "doctor" && len(words) == 1:
-		return doctorTool(path, asJSON, stdout, stderr)
+		return doctorTool(ctx, path, asJSON, stdout)
 	case words[0] == "explain" && len(words) == 2:
-		return explainTool(path, words[1], asJSON, stdout, stderr)
+		return explainTool(ctx, path, words[1], asJSON, stdout, stderr)
 	}
 	return bad("unknown command %q", words)
 }
@@ -120,7 +125,7 @@ func configTool(what, path string, stdout, stderr io.Writer) int {
 	return 0
 }
 
-func daemon(path string, stderr io.Writer) int {
+func daemon(ctx context.Context, path string, stderr io.Writer) int {
 	cfg, warnings, err := load(path)
 	if err != nil {
 		fmt.Fprintf(stderr, "dstack-gw: configuration: %v\n", err)
@@ -132,8 +137,6 @@ func daemon(path string, stderr io.Writer) int {
 	}
 	tuneMemory()
 	tuneScheduler(min(cfg.Core.Proxy.Workers, runtime.NumCPU()))
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	defer stop()
 	g, err := controlplane.New(ctx, controlplane.Options{Config: cfg, Logger: log, Version: version, Revision: revision, Env: os.Getenv})
 	if err != nil {
 		fmt.Fprintf(stderr, "dstack-gw: %v\n", err)

@@ -156,13 +156,24 @@ func (s *Sock) Close(l *Loop) {
 }
 
 // Reset closes the socket so that the peer sees a reset instead of a clean end,
-// unless bytes are still on their way to it: those are worth more.
+// unless the kernel still holds bytes that it has not sent: those are worth more.
+// Bytes that are on their way arrive before the reset, as they would have without a
+// proxy between.
 func (s *Sock) Reset(l *Loop) {
-	if s.FD >= 0 && s.Unacked() > 0 {
+	if s.FD >= 0 && s.unsent() > 0 {
 		s.Close(l)
 		return
 	}
 	s.Drop(l)
+}
+
+// unsent counts the bytes that were written to the socket and have not left yet.
+func (s *Sock) unsent() int {
+	q, err := unix.IoctlGetInt(s.FD, unix.SIOCOUTQNSD)
+	if err != nil {
+		return 0
+	}
+	return q
 }
 
 // Drop closes the socket with a reset; bytes on their way to the peer are lost.

@@ -73,6 +73,7 @@ func (p *Pair) Step(w *Worker, now int64, client, app *loop.Sock) (Result, error
 			// An app that refuses a request before it read all of it answers and closes; its
 			// kernel then resets. The answer is here and worth delivering, as far as it goes.
 			p.Down.cut = true
+			app.Readable = true // its own event may come later in this turn
 			_ = p.flow(w, now, &p.Down, app, client, &r, ToClient)
 		}
 		return r, err

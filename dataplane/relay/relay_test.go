@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"hash"
 	"io"
-	"log/slog"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -21,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/dstack-gw/dstack-gw/dataplane/loop"
+	"github.com/dstack-gw/dstack-gw/dataplane/loop/looptest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -82,94 +82,30 @@ func (n *node) start() error {
 }
 
 type rig struct {
+	looptest.Loop
 	t testing.TB
-	l *loop.Loop
 	w *Worker
 }
 
 func newRig(t testing.TB, buffer int, g Gate) *rig {
 	t.Helper()
-	l, err := loop.New(slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
-	r := &rig{t: t, l: l, w: NewWorker(buffer, g)}
-	go l.Run()
-	t.Cleanup(func() {
-		r.do(r.w.Close)
-		l.Stop()
-	})
+	r := &rig{Loop: looptest.Start(t), t: t, w: NewWorker(buffer, g)}
+	t.Cleanup(func() { r.Do(r.w.Close) })
 	return r
-}
-
-func (r *rig) do(f func()) {
-	done := make(chan struct{})
-	if err := r.l.Post(func() { defer close(done); f() }); err != nil {
-		r.t.Fatal(err)
-	}
-	<-done
-}
-
-// tcp returns a connected pair: the end of a peer and the descriptor of our end.
-// small shrinks the socket buffers of both.
-func (r *rig) tcp(small bool) (*net.TCPConn, loop.Sock) {
-	r.t.Helper()
-	lc := net.ListenConfig{}
-	if small {
-		lc.Control = func(_, _ string, c syscall.RawConn) error {
-			return c.Control(func(fd uintptr) {
-				_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF, 4096)
-				_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF, 4096)
-			})
-		}
-	}
-	ln, err := lc.Listen(r.t.Context(), "tcp", "127.0.0.1:0")
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	defer ln.Close()
-	peer, err := net.Dial("tcp", ln.Addr().String())
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	ours, err := ln.Accept()
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	defer ours.Close()
-	f, err := ours.(*net.TCPConn).File()
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	defer f.Close()
-	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
-	if err == nil {
-		err = unix.SetNonblock(fd, true)
-	}
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	c := peer.(*net.TCPConn)
-	if small {
-		_ = c.SetReadBuffer(4096)
-		_ = c.SetWriteBuffer(4096)
-	}
-	r.t.Cleanup(func() { c.Close() })
-	return c, loop.Sock{FD: fd, Writable: true, Readable: true}
 }
 
 // pair returns a relayed connection that is not started yet.
 func (r *rig) pair(small bool) (client, app *net.TCPConn, n *node) {
-	n = &node{l: r.l, w: r.w, ended: make(chan error, 1)}
-	client, n.cli = r.tcp(small)
-	app, n.app = r.tcp(small)
+	n = &node{l: r.Loop.Loop, w: r.w, ended: make(chan error, 1)}
+	client, n.cli = looptest.TCP(r.t, small)
+	app, n.app = looptest.TCP(r.t, small)
 	return client, app, n
 }
 
 func (r *rig) run(n *node) {
 	r.t.Helper()
 	var err error
-	r.do(func() { err = n.start() })
+	r.Do(func() { err = n.start() })
 	if err != nil {
 		r.t.Fatal(err)
 	}
@@ -184,15 +120,6 @@ func (r *rig) wait(n *node) error {
 		r.t.Fatal("the connection did not end")
 		return nil
 	}
-}
-
-func descriptors(t testing.TB) int {
-	t.Helper()
-	d, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return len(d)
 }
 
 // speak writes size random bytes in random pieces with random pauses, then ends its
@@ -263,7 +190,7 @@ func TestRandomTraffic(t *testing.T) {
 			for i := range 24 {
 				client, app, n := r.pair(i%3 == 0)
 				held := []byte(fmt.Sprintf("hello of connection %d", i))
-				r.do(func() { n.pair.Hold(r.w, held) })
+				r.Do(func() { n.pair.Hold(r.w, held) })
 				r.run(n)
 				limit := 600_000
 				if i%3 == 0 {
@@ -309,7 +236,7 @@ func TestRandomTraffic(t *testing.T) {
 				})
 			}
 			wg.Wait()
-			r.do(func() {
+			r.Do(func() {
 				if g.Off == (r.w.SpliceEngaged.Load() > 0) {
 					t.Errorf("splice engaged %d times", r.w.SpliceEngaged.Load())
 				}
@@ -397,7 +324,7 @@ func TestHoldsOneBuffer(t *testing.T) {
 			if !errors.Is(err, os.ErrDeadlineExceeded) {
 				t.Fatalf("wrote %d bytes, %v: nothing stopped the client", written, err)
 			}
-			r.do(func() {
+			r.Do(func() {
 				f := &n.pair.Up
 				if len(f.held) > len(r.w.Scratch) || f.pipe != nil && f.inPipe > f.pipe.size || len(f.held)+f.inPipe == 0 {
 					t.Errorf("holds %d bytes and %d in a pipe", len(f.held), f.inPipe)
@@ -423,21 +350,21 @@ func TestPipes(t *testing.T) {
 	if _, err := io.ReadFull(app, make([]byte, 1)); err != nil {
 		t.Fatal(err)
 	}
-	r.do(func() {
+	r.Do(func() {
 		if n.pair.Up.pipe != nil || len(r.w.pipes) == 0 {
 			t.Error("an idle connection keeps its pipe")
 		}
 	})
 	_ = client.SetWriteDeadline(time.Now().Add(200 * time.Millisecond))
 	_, _ = client.Write(make([]byte, 64<<20)) // until the pipe is stuck
-	r.do(func() {
+	r.Do(func() {
 		if n.pair.Up.inPipe == 0 {
 			t.Fatal("the pipe is empty")
 		}
 		pooled := len(r.w.pipes)
 		n.over = true
-		n.cli.Drop(r.l)
-		n.app.Drop(r.l)
+		n.cli.Drop(r.Loop.Loop)
+		n.app.Drop(r.Loop.Loop)
 		n.pair.Release(r.w)
 		n.pair.Release(r.w) // twice is harmless
 		if len(r.w.pipes) != pooled {
@@ -453,7 +380,7 @@ func TestPipes(t *testing.T) {
 
 // Whatever a connection did, its descriptors are back after Release and Close.
 func TestDescriptorsComeBack(t *testing.T) {
-	before := descriptors(t)
+	before := looptest.Descriptors(t)
 	t.Run("connections", func(t *testing.T) {
 		r := newRig(t, 16<<10, Gate{})
 		for i := range 50 {
@@ -469,7 +396,7 @@ func TestDescriptorsComeBack(t *testing.T) {
 			_ = r.wait(n)
 		}
 	})
-	if after := descriptors(t); after > before {
+	if after := looptest.Descriptors(t); after > before {
 		t.Errorf("%d descriptors before, %d after", before, after)
 	}
 }
@@ -491,9 +418,9 @@ func TestTurns(t *testing.T) {
 	}()
 	time.Sleep(50 * time.Millisecond)
 	var moved int
-	r.do(func() {
+	r.Do(func() {
 		n.cli.Note(loop.In)
-		res, err := n.pair.Step(r.w, r.l.Now(), &n.cli, &n.app)
+		res, err := n.pair.Step(r.w, r.Now(), &n.cli, &n.app)
 		if err != nil {
 			t.Error(err)
 		}
@@ -502,9 +429,9 @@ func TestTurns(t *testing.T) {
 	if limit := 2 * (turnBudget + len(r.w.Scratch)); moved == 0 || moved > limit { // each byte comes and leaves
 		t.Errorf("one turn moved %d bytes, limit %d", moved, limit)
 	}
-	r.do(func() {
-		n.cli.Drop(r.l)
-		n.app.Drop(r.l)
+	r.Do(func() {
+		n.cli.Drop(r.Loop.Loop)
+		n.app.Drop(r.Loop.Loop)
 		n.pair.Release(r.w)
 	})
 }

@@ -79,6 +79,19 @@ func (r rank) before(o rank) bool {
 // comes last but is never left out when nothing else is healthy. unix is the wall
 // clock in seconds, mono the monotonic clock of State.FailedAt in ns.
 func (a *App) Choose(c *Candidates, sel Selection, unix, mono int64) {
+	a.choose(c, sel, unix, mono, nil)
+}
+
+// ChooseFor is Choose among the instances whose policy allows port: for the case
+// that every one Choose came up with refuses it.
+func (a *App) ChooseFor(c *Candidates, sel Selection, port uint16, unix, mono int64) {
+	a.choose(c, sel, unix, mono, func(i *Instance) bool {
+		v, _ := i.Policy.Check(port)
+		return v == Allow
+	})
+}
+
+func (a *App) choose(c *Candidates, sel Selection, unix, mono int64, fit func(*Instance) bool) {
 	c.n = 0
 	stale := int64(sel.Stale / time.Second)
 	want := min(max(sel.TopN, 1), MaxCandidates)
@@ -89,7 +102,7 @@ func (a *App) Choose(c *Candidates, sel Selection, unix, mono int64) {
 	seen := 0
 	for k := range n {
 		i := a.Instances[(start+k)%n]
-		if h := i.State.Handshake.Load(); h <= 0 || unix-h >= stale {
+		if h := i.State.Handshake.Load(); h <= 0 || unix-h >= stale || fit != nil && !fit(i) {
 			continue
 		}
 		seen++

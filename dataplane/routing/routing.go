@@ -52,7 +52,7 @@ type State struct {
 
 // AppState is the volatile part of an app.
 type AppState struct {
-	// Active counts connections from the moment one is routed to its end.
+	// Active counts connections from the first dial for one to its end.
 	Active atomic.Int64
 }
 

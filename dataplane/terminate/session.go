@@ -83,6 +83,7 @@ type Session struct {
 	downEOF     bool
 	downShut    bool
 	notified    bool // close_notify was written
+	downCut     bool // the app is known to have failed: its end is not a clean one
 
 	// Up and Down count plaintext bytes that left towards app and client.
 	Up, Down uint64
@@ -156,8 +157,14 @@ func (s *Session) Release(w *Worker) {
 // State returns the negotiated parameters, for logs.
 func (s *Session) State() tls.ConnectionState { return s.tls.ConnectionState() }
 
-// HalfClosed reports whether one direction has ended and the other has not.
-func (s *Session) HalfClosed() bool { return s.upShut != s.downShut }
+// Ended reports whether a direction (relay.ToApp, relay.ToClient) is over: its
+// source said so and everything before that was passed on.
+func (s *Session) Ended(dir int) bool {
+	if dir == relay.ToApp {
+		return s.upShut
+	}
+	return s.downShut
+}
 
 // Hold queues bytes (a PROXY header) for the app ahead of the client's.
 func (s *Session) Hold(w *Worker, b []byte) {
@@ -167,12 +174,26 @@ func (s *Session) Hold(w *Worker, b []byte) {
 	}
 }
 
-const turnBudget = 512 << 10 // plaintext bytes a direction before others get a turn
+// What one connection may do before others get a turn. Towards the app the
+// ciphertext counts: a record of one byte or none costs as much time as a large one.
+const (
+	downBudget = 512 << 10 // plaintext bytes
+	upBudget   = 128 << 10 // ciphertext bytes
+)
 
 // Step moves what can be moved now.
 func (s *Session) Step(w *Worker, client, app *loop.Sock) (relay.Result, error) {
 	var r relay.Result
-	if err := s.up(w, client, app, &r); err != nil {
+	s.wire.budget = upBudget
+	err := s.up(w, client, app, &r)
+	r.Moved += upBudget - s.wire.budget
+	if err != nil {
+		if err.Side == "app" {
+			// What the app said before it stopped reading is worth delivering, see relay.Pair.
+			s.downCut = true
+			app.Readable = true // its own event may come later in this turn
+			_ = s.down(w, client, app, &r)
+		}
 		_ = s.wire.flush() // crypto/tls may have left an alert that says why
 		return r, err
 	}
@@ -184,11 +205,11 @@ func (s *Session) Step(w *Worker, client, app *loop.Sock) (relay.Result, error) 
 	return r, nil
 }
 
-func (s *Session) up(w *Worker, client, app *loop.Sock, r *relay.Result) error {
+func (s *Session) up(w *Worker, client, app *loop.Sock, r *relay.Result) *relay.SideError {
 	if client.Readable {
 		s.drained = false
 	}
-	for budget := turnBudget; ; {
+	for {
 		if len(s.held) > 0 {
 			n, err := app.Send(s.held)
 			if err != nil {
@@ -212,40 +233,43 @@ func (s *Session) up(w *Worker, client, app *loop.Sock, r *relay.Result) error {
 		if s.drained {
 			return nil
 		}
-		if budget <= 0 {
-			r.Again = true
-			return nil
-		}
 		// Several records are gathered before one send.
 		buf, n := w.R.Scratch, 0
+		var err error
 		for len(buf)-n >= 16<<10 || n == 0 {
-			m, err := s.tls.Read(buf[n:])
+			var m int
+			m, err = s.tls.Read(buf[n:])
 			n += m
-			if err == nil {
-				continue
+			if err != nil {
+				break
 			}
-			switch {
-			case err == loop.ErrWouldBlock:
-				s.drained = true
-			case err == io.EOF || err == io.ErrUnexpectedEOF:
-				s.upEOF = true
-			default:
-				return &relay.SideError{Side: "client", Err: err}
+		}
+		if n > 0 {
+			m, err := app.Send(buf[:n])
+			if err != nil {
+				return &relay.SideError{Side: "app", Err: err}
 			}
-			break
+			s.countUp(w, m, r)
+			if m < n {
+				s.chunk = w.R.Chunk(buf[m:n])
+				s.held = s.chunk
+			}
 		}
-		if n == 0 {
-			continue
-		}
-		m, err := app.Send(buf[:n])
-		if err != nil {
-			return &relay.SideError{Side: "app", Err: err}
-		}
-		s.countUp(w, m, r)
-		budget -= m
-		if m < n {
-			s.chunk = w.R.Chunk(buf[m:n])
-			s.held = s.chunk
+		switch err {
+		case nil:
+		case loop.ErrWouldBlock:
+			if s.wire.budget <= 0 && client.Readable {
+				r.Again = true
+				return nil
+			}
+			s.drained = true
+		case io.EOF, io.ErrUnexpectedEOF:
+			s.upEOF = true
+		default:
+			if s.wire.abort != nil {
+				err = s.wire.abort // crypto/tls failed over what this refused
+			}
+			return &relay.SideError{Side: "client", Err: err}
 		}
 	}
 }
@@ -256,8 +280,8 @@ func (s *Session) countUp(w *Worker, n int, r *relay.Result) {
 	w.Decrypted.Add(uint64(n))
 }
 
-func (s *Session) down(w *Worker, client, app *loop.Sock, r *relay.Result) error {
-	for budget := turnBudget; ; {
+func (s *Session) down(w *Worker, client, app *loop.Sock, r *relay.Result) *relay.SideError {
+	for budget := downBudget; ; {
 		if len(s.wire.out) > 0 {
 			before := len(s.wire.out)
 			if err := s.wire.flush(); err != nil {
@@ -267,6 +291,9 @@ func (s *Session) down(w *Worker, client, app *loop.Sock, r *relay.Result) error
 			if len(s.wire.out) > 0 {
 				return nil
 			}
+		}
+		if s.downEOF && s.downCut {
+			return nil
 		}
 		if s.downEOF {
 			if !s.notified {
@@ -300,14 +327,13 @@ func (s *Session) down(w *Worker, client, app *loop.Sock, r *relay.Result) error
 		default:
 			return &relay.SideError{Side: "app", Err: err}
 		}
+		w.cork = w.cork[:0] // not empty after a panic below
 		s.wire.corked = true
 		_, err = s.tls.Write(w.R.Scratch[:n])
 		s.wire.corked = false
 		sent := len(w.cork)
 		if err == nil {
 			err = s.wire.uncork()
-		} else {
-			w.cork = w.cork[:0]
 		}
 		if err != nil {
 			return &relay.SideError{Side: "client", Err: err}
@@ -331,6 +357,7 @@ type wire struct {
 	out     []byte // ciphertext not yet taken by the kernel
 	outBuf  []byte
 	ready   bool // the handshake ended: Read must not wait any more
+	budget  int  // bytes that Read may still take from the socket in this turn
 	corked  bool
 	abort   error
 }
@@ -373,9 +400,13 @@ func (c *wire) Read(p []byte) (int, error) {
 			}
 			return n, nil
 		}
+		if c.ready && c.budget <= 0 {
+			return 0, loop.ErrWouldBlock
+		}
 		n, err := c.sock.Recv(c.w.ahead)
 		if err == nil {
 			c.in = c.w.ahead[:n]
+			c.budget -= n
 			continue
 		}
 		if err != loop.ErrWouldBlock || c.ready {
@@ -396,6 +427,10 @@ func (c *wire) Write(p []byte) (int, error) {
 		if n, err = c.sock.Send(p); err != nil {
 			return 0, err
 		}
+	} else if len(c.out)+len(p) > cap(c.w.cork)+maxAnswers {
+		// crypto/tls reports a failed answer with the next write; reading must end too.
+		c.abort = errAnswers
+		return 0, c.abort
 	}
 	if n < len(p) {
 		c.queue(p[n:])
@@ -403,18 +438,20 @@ func (c *wire) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// queue appends what the kernel did not take. Only handshake flights, alerts and the
-// tail of one step come here, so it stays at about one buffer.
+// maxAnswers bounds what crypto/tls may say on its own (handshake flights, alerts,
+// answers to KeyUpdate) to a client that does not read, beside the data of one step.
+const maxAnswers = 64 << 10
+
+var errAnswers = errors.New("client asks for TLS answers and does not read them")
+
+// queue appends what the kernel did not take.
 func (c *wire) queue(p []byte) {
 	if len(c.out) == 0 {
 		c.outBuf = c.w.R.Chunk(p)
-		c.out = c.outBuf
-		return
+	} else {
+		c.outBuf = c.w.R.Extend(c.outBuf[:copy(c.outBuf, c.out)], p)
 	}
-	both := make([]byte, 0, len(c.out)+len(p))
-	both = append(append(both, c.out...), p...)
-	c.w.R.PutChunk(c.outBuf)
-	c.out, c.outBuf = both, both
+	c.out = c.outBuf
 }
 
 func (c *wire) uncork() error {
