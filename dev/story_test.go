@@ -76,13 +76,15 @@ func buildPrograms(t *testing.T) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	builtPrograms = dir
-	// Root is asked to build in a checkout of somebody else: git would refuse.
-	build := exec.Command("go", "build", "-buildvcs=false", "-o", dir, "../cmd/dstack", "../cmd/dstack-gw")
+	// As make build does it, so that its cache serves. Root builds in a checkout of
+	// somebody else, where git would refuse to tell the version.
+	build := exec.Command("go", "build", "-buildvcs=false", "-trimpath", "-o", dir, "../cmd/dstack", "../cmd/dstack-gw")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
+		os.RemoveAll(dir)
 		t.Fatalf("build the programs: %v\n%s", err, out)
 	}
+	builtPrograms = dir
 	return dir
 }
 
