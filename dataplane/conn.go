@@ -36,12 +36,13 @@ const (
 
 // conn is one client connection. Everything happens on its worker's loop.
 type conn struct {
-	w    *worker
-	id   uint64
-	cli  loop.Sock
-	peer netip.AddrPort // of the socket
-	st   state
-	mode hostname.Mode
+	w             *worker
+	before, after *conn // of all connections of the worker
+	id            uint64
+	cli           loop.Sock
+	peer          netip.AddrPort // of the socket
+	st            state
+	mode          hostname.Mode
 	// statMode indexes the counters; modeUnknown until the name was read.
 	statMode uint8
 	waiting  bool // counted in the half-open limits
@@ -89,7 +90,7 @@ func (w *worker) begin(fd int, peer netip.AddrPort) {
 	defer w.l.Contain(c)
 	c.cli = loop.Sock{FD: fd, Readable: true, Writable: true}
 	c.tm.H = c
-	w.conns[c] = struct{}{}
+	w.link(c)
 	w.stats.active[modeUnknown].Add(1)
 	c.deadline = c.start + int64(w.s.opt.Handshake)
 	if w.s.opt.InboundPROXY {
@@ -948,7 +949,7 @@ func (c *conn) close(why Reason, detail error) {
 	}
 	c.pair.Release(w.relay)
 	c.dropBuf()
-	delete(w.conns, c)
+	w.unlink(c)
 	w.stats.live.Add(-1)
 	w.stats.active[c.statMode].Add(-1)
 	w.stats.ended[c.statMode][why].Add(1)

@@ -46,7 +46,7 @@ type worker struct {
 	relay  *relay.Worker
 	tls    *terminate.Worker
 	accept []*loop.Acceptor
-	conns  map[*conn]struct{}
+	conns  *conn // list of all
 	held   map[*conn]struct{}
 	name   [256]byte // scratch for the name of one hello
 	stats  workerStats
@@ -89,10 +89,22 @@ func New(o Options) (*Server, error) {
 			return nil, fmt.Errorf("start data plane worker: %w", err)
 		}
 		r := relay.NewWorker(o.BufferSize, o.Splice)
+		r.MaxPipes = maxPipes(o.Workers)
 		s.workers = append(s.workers, &worker{s: s, l: l, relay: r, tls: terminate.NewWorker(r),
-			conns: map[*conn]struct{}{}, held: map[*conn]struct{}{}})
+			held: map[*conn]struct{}{}})
 	}
 	return s, nil
+}
+
+// maxPipes is how many pipes a worker may have open. A pipe takes two descriptors for
+// each direction in bulk; an eighth of all of them must be enough, or connections
+// that only want to be accepted would pay. Without a pipe a direction is copied.
+func maxPipes(workers int) int {
+	var l unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &l); err != nil {
+		return 64
+	}
+	return max(8, int(min(l.Cur, 1<<24))/8/2/workers)
 }
 
 // Start binds every listener on every worker and begins to serve. No listener is
@@ -193,8 +205,10 @@ func (s *Server) close() {
 	s.StopAccepting()
 	for _, w := range s.workers {
 		_ = w.l.Post(func() {
-			for c := range w.conns {
+			for w.conns != nil {
+				c := w.conns
 				c.shutdown()
+				w.unlink(c) // also if that panicked
 			}
 			w.relay.Close()
 			w.tls.Close()
@@ -270,6 +284,29 @@ func (s *Server) SpliceEngaged() uint64 {
 		n += w.relay.SpliceEngaged.Load()
 	}
 	return n
+}
+
+func (w *worker) link(c *conn) {
+	if c.after = w.conns; c.after != nil {
+		c.after.before = c
+	}
+	w.conns = c
+}
+
+// unlink may be called again.
+func (w *worker) unlink(c *conn) {
+	switch {
+	case c.before != nil:
+		c.before.after = c.after
+	case w.conns == c:
+		w.conns = c.after
+	default:
+		return
+	}
+	if c.after != nil {
+		c.after.before = c.before
+	}
+	c.before, c.after = nil, nil
 }
 
 func (w *worker) shed(err error) {

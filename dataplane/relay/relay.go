@@ -68,17 +68,17 @@ func (p *Pair) Hold(w *Worker, b []byte) {
 // Step moves what can be moved now. now is the loop time in ns.
 func (p *Pair) Step(w *Worker, now int64, client, app *loop.Sock) (Result, error) {
 	var r Result
-	if err := p.flow(w, now, &p.Up, client, app, &r, ToApp); err != nil {
+	if err := p.flow(w, now, &p.Up, &p.Down, client, app, &r, ToApp); err != nil {
 		if err.Side == sides[ToClient] {
 			// An app that refuses a request before it read all of it answers and closes; its
 			// kernel then resets. The answer is here and worth delivering, as far as it goes.
 			p.Down.cut = true
 			app.Readable = true // its own event may come later in this turn
-			_ = p.flow(w, now, &p.Down, app, client, &r, ToClient)
+			_ = p.flow(w, now, &p.Down, &p.Up, app, client, &r, ToClient)
 		}
 		return r, err
 	}
-	if err := p.flow(w, now, &p.Down, app, client, &r, ToClient); err != nil {
+	if err := p.flow(w, now, &p.Down, &p.Up, app, client, &r, ToClient); err != nil {
 		return r, err
 	}
 	r.Done = p.Up.shut && p.Down.shut
@@ -107,7 +107,7 @@ func (p *Pair) wantSplice(w *Worker, now int64, f *Flow) bool {
 		g.AfterDuration != 0 && now-p.Started >= g.AfterDuration
 }
 
-func (p *Pair) flow(w *Worker, now int64, f *Flow, src, dst *loop.Sock, r *Result, dir int) *SideError {
+func (p *Pair) flow(w *Worker, now int64, f, other *Flow, src, dst *loop.Sock, r *Result, dir int) *SideError {
 	budget := turnBudget
 	for {
 		// What is held goes first.
@@ -142,7 +142,9 @@ func (p *Pair) flow(w *Worker, now int64, f *Flow, src, dst *loop.Sock, r *Resul
 		if f.eof {
 			if !f.shut && !f.cut {
 				p.mayRelease(w, f)
-				dst.CloseWrite()
+				if !other.shut {
+					dst.CloseWrite() // else the owner closes both now, which says the same
+				}
 				f.shut = true
 			}
 			return nil
@@ -241,7 +243,7 @@ func (p *Pair) Release(w *Worker) {
 	for _, f := range []*Flow{&p.Up, &p.Down} {
 		if f.pipe != nil {
 			if f.inPipe > 0 {
-				f.pipe.close() // bytes of this connection must never reach another one
+				w.closePipe(f.pipe) // bytes of this connection must never reach another one
 			} else {
 				w.putPipe(f.pipe)
 			}

@@ -21,6 +21,8 @@ type Gate struct {
 // Worker holds what the connections of one loop share. Not safe for concurrent use.
 type Worker struct {
 	Gate Gate
+	// MaxPipes bounds the pipes that are open at a time, in use or pooled; 0 = no limit.
+	MaxPipes int
 	// Scratch is the copy buffer; its length is core.proxy.buffer_size.
 	Scratch []byte
 
@@ -35,6 +37,7 @@ type Worker struct {
 	small  [][]byte
 	chunks [][]byte
 	pipes  []*pipe
+	open   int // pipes that exist
 }
 
 // Directions of the byte counters.
@@ -117,6 +120,10 @@ func (w *Worker) pipe() *pipe {
 		w.pipes = w.pipes[:n-1]
 		return p
 	}
+	if w.MaxPipes > 0 && w.open >= w.MaxPipes {
+		w.NoPipe.Add(1)
+		return nil
+	}
 	var fds [2]int
 	if err := unix.Pipe2(fds[:], unix.O_NONBLOCK|unix.O_CLOEXEC); err != nil {
 		w.NoPipe.Add(1)
@@ -126,6 +133,7 @@ func (w *Worker) pipe() *pipe {
 	if n, err := unix.FcntlInt(uintptr(fds[1]), unix.F_SETPIPE_SZ, pipeSize); err == nil {
 		size = n
 	}
+	w.open++
 	return &pipe{r: fds[0], w: fds[1], size: size}
 }
 
@@ -134,18 +142,19 @@ func (w *Worker) putPipe(p *pipe) {
 		w.pipes = append(w.pipes, p)
 		return
 	}
-	p.close()
+	w.closePipe(p)
 }
 
-func (p *pipe) close() {
+func (w *Worker) closePipe(p *pipe) {
 	unix.Close(p.r)
 	unix.Close(p.w)
+	w.open--
 }
 
 // Close releases pooled descriptors.
 func (w *Worker) Close() {
 	for _, p := range w.pipes {
-		p.close()
+		w.closePipe(p)
 	}
 	w.pipes = nil
 }

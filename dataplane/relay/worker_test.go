@@ -60,3 +60,28 @@ func TestExtendDoubles(t *testing.T) {
 		t.Errorf("%v allocations", n)
 	}
 }
+
+// Beyond the limit a direction is told to copy; a pipe that comes back is used again.
+func TestMaxPipes(t *testing.T) {
+	w := NewWorker(4096, Gate{})
+	w.MaxPipes = 2
+	defer w.Close()
+	a, b := w.pipe(), w.pipe()
+	if a == nil || b == nil || w.pipe() != nil || w.NoPipe.Load() != 1 {
+		t.Fatalf("pipes %v %v, %d refused", a, b, w.NoPipe.Load())
+	}
+	w.putPipe(a)
+	if c := w.pipe(); c != a {
+		t.Errorf("got %v, want the pooled one", c)
+	}
+	w.closePipe(a)
+	if c := w.pipe(); c == nil {
+		t.Error("a closed pipe still counts")
+	} else {
+		w.closePipe(c)
+	}
+	w.closePipe(b)
+	if w.open != 0 {
+		t.Errorf("%d pipes are counted as open", w.open)
+	}
+}
