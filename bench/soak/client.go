@@ -49,6 +49,9 @@ type Outcome struct {
 	Refused int `json:"refused"`
 	// SmallError is why the first of Extra was refused.
 	SmallError string `json:"small_error,omitempty"`
+	// ConnectMean and ConnectMost are how long connect(2) took in milliseconds, with the harness's own delays.
+	ConnectMean float64 `json:"connect_mean_ms"`
+	ConnectMost float64 `json:"connect_most_ms"`
 	// Handshakes by whether they resumed a session.
 	Full    uint64 `json:"full"`
 	Resumed uint64 `json:"resumed"`
@@ -72,6 +75,8 @@ type client struct {
 
 	mu            sync.Mutex
 	full, resumed uint64
+	connects      int
+	took, most    time.Duration // of connects
 }
 
 func newClient(s Spec) (*client, error) {
@@ -115,10 +120,16 @@ func (c *client) connect(small bool) (*net.TCPConn, error) {
 			return err
 		}
 	}
+	begin := time.Now()
 	conn, err := d.Dial("tcp4", c.spec.Addr.String())
 	if err != nil {
 		return nil, err
 	}
+	took := time.Since(begin)
+	c.mu.Lock()
+	c.connects++
+	c.took, c.most = c.took+took, max(c.most, took)
+	c.mu.Unlock()
 	t := conn.(*net.TCPConn)
 	t.SetDeadline(c.until)
 	return t, nil
@@ -292,7 +303,9 @@ func (c *client) mix(up func() error) (Outcome, error) {
 func (c *client) outcome() Outcome {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return Outcome{Side: c.book.side(), Full: c.full, Resumed: c.resumed}
+	ms := func(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
+	return Outcome{Side: c.book.side(), Full: c.full, Resumed: c.resumed,
+		ConnectMean: ms(c.took) / float64(max(c.connects, 1)), ConnectMost: ms(c.most)}
 }
 
 // several calls f for from..to-1 with at most Ramp begun a second.

@@ -154,7 +154,7 @@ func TestParse(t *testing.T) {
 	m, err := parseMetrics([]byte("# HELP x\ngo_goroutines 12\ndstack_gateway_connections_active{mode=\"unknown\"} 3\ndstack_gateway_connections_active{mode=\"terminate\"} 4\n" +
 		"dstack_gateway_connections 0\ndstack_gateway_connect_seconds_bucket{le=\"1\"} 3\nother 4\n"))
 	l := Look{Metrics: m}
-	if err != nil || len(m) != 3 || l.metric("dstack_gateway_connections_active", "") != 7 || l.metric("dstack_gateway_connections_active", `"unknown"`) != 3 {
+	if err != nil || len(m) != 3 || l.Metric("dstack_gateway_connections_active", "") != 7 || l.Metric("dstack_gateway_connections_active", `"unknown"`) != 3 {
 		t.Errorf("%v, %v", m, err)
 	}
 	for _, text := range []string{"", "go_goroutines twelve\n", "not metrics"} {
@@ -168,6 +168,12 @@ func TestParse(t *testing.T) {
 	}
 	if n, err := field([]byte("Name:\tx\nThreads:\t11\nVmRSS:\t  123 kB\n"), "VmRSS"); n != 123 || err != nil {
 		t.Errorf("%d, %v", n, err)
+	}
+	if n, err := netstat("TcpExt: A ListenDrops B\nTcpExt: 1 22 3\nIpExt: ListenDrops\nIpExt: 4\n", "ListenDrops"); n != 22 || err != nil {
+		t.Errorf("%d, %v", n, err)
+	}
+	if _, err := netstat("IpExt: ListenDrops\nIpExt: 4\n", "ListenDrops"); err == nil {
+		t.Error("missing counter accepted")
 	}
 	if _, err := field([]byte("Name:\tx\n"), "VmRSS"); err == nil {
 		t.Error("missing line accepted")

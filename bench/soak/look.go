@@ -41,8 +41,8 @@ type Look struct {
 	stacks []stack
 }
 
-// metric sums all series of a name whose labels contain with.
-func (l *Look) metric(name, with string) float64 {
+// Metric sums all series of a name whose labels contain with.
+func (l *Look) Metric(name, with string) float64 {
 	sum := 0.0
 	for series, v := range l.Metrics {
 		n, labels, _ := strings.Cut(series, "{")

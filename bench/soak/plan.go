@@ -41,7 +41,7 @@ func (k Kind) orderly() bool { return k != ClientResets && k != AppResets && k !
 // weights of the mix: how often each kind begins. Kinds live for different times, so their shares of the open
 // connections differ.
 var weights = [kindCount]int{
-	Requests: 34, Quiet: 20, SlowClient: 9, SlowApp: 6, Bulk: 9, ClientFirst: 7, AppFirst: 7, ClientResets: 4, AppResets: 4, Hasty: 4,
+	Requests: 34, Quiet: 20, SlowClient: 9, SlowApp: 6, Bulk: 9, ClientFirst: 7, AppFirst: 7, ClientResets: 4, AppResets: 4, Hasty: 3,
 }
 
 func chooseKind(r *rand.Rand) Kind {
@@ -101,11 +101,11 @@ func newPlan(k Kind, id, seed uint64) plan {
 	none := func() time.Duration { return 0 }
 	switch k {
 	case Requests:
-		for range 4 + r.IntN(14) {
+		for range 6 + r.IntN(20) {
 			p.requests = append(p.requests, request{send: 16 + r.IntN(1000), want: 16 + r.IntN(3000), pause: ms(200, 2500)})
 		}
 	case Quiet:
-		p.requests = []request{{64, 64, ms(5000, 25000)}, {64, 64, 0}}
+		p.requests = []request{{64, 64, ms(8000, 30000)}, {64, 64, 0}}
 	case SlowClient:
 		p.client, p.app = burst(1, 32, 500, none), burst(1, 192<<10, 448<<10, none)
 		p.slow = ms(3000, 12000)
@@ -125,7 +125,7 @@ func newPlan(k Kind, id, seed uint64) plan {
 	case ClientResets, AppResets:
 		gap := func() time.Duration { return ms(0, 1200) }
 		p.client, p.app = burst(3, 16, 40<<10, gap), burst(3, 16, 40<<10, gap)
-		p.reset = ms(0, 5000)
+		p.reset = ms(0, 9000)
 	case Hasty:
 		p.haste = r.IntN(5)
 	case Stalled:

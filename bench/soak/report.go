@@ -34,7 +34,9 @@ type Mix struct {
 	During []Look    `json:"during"`
 	After  Look      `json:"after"`
 	Usage  cpu.Usage `json:"usage"`
-	Output string    `json:"output"` // the end of the gateway's log
+	// ListenDrops are connections that the kernel dropped before the gateway accepted them.
+	ListenDrops uint64 `json:"listen_drops"`
+	Output      string `json:"output"` // the end of the gateway's log
 }
 
 // Idle is what idle connections cost.
@@ -135,7 +137,8 @@ func (m *Mix) markdown(o *Options, p func(string, ...any)) {
 	p("%d connections, %d of them terminated, kept open for %v; %.0f open on average, %d at least. Processor seconds a second: gateway %.2f, client %.2f, app %.2f, others %.2f.\n",
 		o.Conns, o.TLS, o.Duration, m.Client.OpenMean, m.Client.OpenMin,
 		m.Usage.Gateway()/m.Usage.Wall, m.Usage.Client/m.Usage.Wall, m.Usage.Backend/m.Usage.Wall, m.Usage.Foreign/m.Usage.Wall)
-	p("TLS handshakes: %d full, %d resumed.\n", m.Client.Full, m.Client.Resumed)
+	p("TLS handshakes: %d full, %d resumed. connect(2) took %.1f ms on average and %.0f ms at most, with the client's own delays; the kernel dropped %d connections because they were not accepted in time.\n",
+		m.Client.Full, m.Client.Resumed, m.Client.ConnectMean, m.Client.ConnectMost, m.ListenDrops)
 	p("| kind | begun | ended in order, SHA-256 equal | cut as planned, prefixes right | MiB to the app | MiB to the client |")
 	p("|---|---|---|---|---|---|")
 	var sum Tally
@@ -197,7 +200,7 @@ func looks(p func(string, ...any), ls []Look) {
 	row("slab of the machine, MiB", func(l *Look) float64 { return float64(l.Slab) / 1024 })
 	for _, name := range []string{"connections", "connections_active", "connections_half_open", "app_connections", "handler_panics_total",
 		"accept_shed_total", "splice_no_pipe_total", "splice_engaged_total", "rejected_total", "dial_failures_total"} {
-		row(name, func(l *Look) float64 { return l.metric("dstack_gateway_"+name, "") })
+		row(name, func(l *Look) float64 { return l.Metric("dstack_gateway_"+name, "") })
 	}
 	p("")
 }

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -140,6 +141,34 @@ func (s *stage) client(spec Spec) (*agent, error) {
 	return c, nil
 }
 
+// listenDrops returns how many connections the gateway's kernel dropped because accept(2) came too late.
+func (s *stage) listenDrops() (n uint64, err error) {
+	err = s.rig.In(rig.Gateway, func() error {
+		b, err := os.ReadFile("/proc/thread-self/net/netstat")
+		if err == nil {
+			n, err = netstat(string(b), "ListenDrops")
+		}
+		return err
+	})
+	return n, err
+}
+
+// netstat returns a counter of the group TcpExt: a line of names, then one of values.
+func netstat(text, name string) (uint64, error) {
+	var names []string
+	for line := range strings.Lines(text) {
+		f := strings.Fields(line)
+		if len(f) == 0 || f[0] != "TcpExt:" {
+			continue
+		}
+		if i := slices.Index(names, name); i >= 0 && i < len(f) {
+			return strconv.ParseUint(f[i], 10, 64)
+		}
+		names = f
+	}
+	return 0, fmt.Errorf("no counter TcpExt %s in /proc/net/netstat", name)
+}
+
 // release tells the app to be neither slow nor stalled any more.
 func (s *stage) release(ctx context.Context) error {
 	if err := s.app.say("release"); err != nil {
@@ -266,6 +295,9 @@ func mix(ctx context.Context, o *Options, rep *Report) error {
 		if m.After, err = s.look(ctx); err != nil {
 			return err
 		}
+		if m.ListenDrops, err = s.listenDrops(); err != nil {
+			return err
+		}
 		m.Output = s.run.Process.Output()
 		rep.Problems = append(rep.Problems, m.judge(o)...)
 		return nil
@@ -282,7 +314,7 @@ func (m *Mix) judge(o *Options) []string {
 	}
 	bad = append(bad, left(m.Before, m.After, "mix")...)
 	for _, name := range []string{"handler_panics_total", "accept_shed_total", "dial_failures_total"} {
-		if n := m.After.metric("dstack_gateway_"+name, ""); n != 0 {
+		if n := m.After.Metric("dstack_gateway_"+name, ""); n != 0 {
 			say("%s is %.0f", name, n)
 		}
 	}
@@ -364,7 +396,7 @@ func left(before, after Look, part string) []string {
 		say("memory in use: %d KiB before, %d KiB after", before.Live, after.Live)
 	}
 	for _, name := range []string{"connections", "connections_active", "connections_half_open", "app_connections"} {
-		if n := after.metric("dstack_gateway_"+name, ""); n != 0 {
+		if n := after.Metric("dstack_gateway_"+name, ""); n != 0 {
 			say("%s is %.0f without connections", name, n)
 		}
 	}
@@ -547,10 +579,10 @@ func (p *Pressure) judge() []string {
 		say("%d of %d small connections were not served while %d stalled, with %d descriptors allowed and %d for pipes: %s",
 			p.Client.Refused, p.Small, p.Stalled, p.Limit, p.During.Pipes, p.Client.SmallError)
 	}
-	if n := p.After.metric("dstack_gateway_accept_shed_total", ""); n > 0 {
+	if n := p.After.Metric("dstack_gateway_accept_shed_total", ""); n > 0 {
 		say("accept_shed_total is %.0f", n)
 	}
-	if n := p.After.metric("dstack_gateway_handler_panics_total", ""); n > 0 {
+	if n := p.After.Metric("dstack_gateway_handler_panics_total", ""); n > 0 {
 		say("handler_panics_total is %.0f", n)
 	}
 	for _, b := range p.Blind {

@@ -3,6 +3,7 @@ package soak
 import (
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 )
 
@@ -84,7 +85,7 @@ func (b *book) fail(what string, err error) {
 		b.s.Corrupt++
 	}
 	if len(b.s.Errors) < maxErrors {
-		b.s.Errors = append(b.s.Errors, fmt.Sprintf("%s: %s: %v", b.who, what, err))
+		b.s.Errors = append(b.s.Errors, fmt.Sprintf("%s: %s: %s", b.who, what, strings.ReplaceAll(err.Error(), "\n", "; ")))
 	}
 }
 

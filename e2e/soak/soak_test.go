@@ -71,7 +71,7 @@ func TestMix(t *testing.T) {
 			t.Errorf("no connection of kind %q came to its end: nothing was tested", k)
 		}
 	}
-	if rep.Mix.After.Metrics["dstack_gateway_splice_engaged_total"] == 0 {
+	if rep.Mix.After.Metric("dstack_gateway_splice_engaged_total", "") == 0 {
 		t.Error("no connection was spliced: half of the relay was not tested")
 	}
 }
