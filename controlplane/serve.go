@@ -12,8 +12,6 @@ import (
 	"os"
 	"time"
 
-	"golang.org/x/net/http2"
-
 	"github.com/dstack-gw/dstack-gw/controlplane/config"
 )
 
@@ -58,12 +56,13 @@ func newHTTPServer(name string, log *slog.Logger, l net.Listener, tlsConf *tls.C
 		s.IdleTimeout = time.Second
 	}
 	if tlsConf != nil {
-		s.TLSConfig = tlsConf
-		if err := http2.ConfigureServer(s, &http2.Server{MaxConcurrentStreams: 250, IdleTimeout: 2 * time.Minute}); err != nil {
-			l.Close()
-			return nil, fmt.Errorf("%s server: %w", name, err)
-		}
-		l = tls.NewListener(l, s.TLSConfig)
+		s.Protocols = new(http.Protocols)
+		s.Protocols.SetHTTP1(true)
+		s.Protocols.SetHTTP2(true)
+		s.HTTP2 = &http.HTTP2Config{MaxConcurrentStreams: 250}
+		tlsConf = tlsConf.Clone()
+		tlsConf.NextProtos = []string{"h2", "http/1.1"}
+		l = tls.NewListener(l, tlsConf)
 	}
 	return &httpServer{name: name, srv: s, lis: l, log: log, stop: stop}, nil
 }

@@ -158,7 +158,7 @@ func (a *Acceptor) shed(e syscall.Errno) {
 	}
 	a.pause = min(max(5*time.Millisecond, a.pause*2), 100*time.Millisecond)
 	ev := unix.EpollEvent{}
-	rawEpollCtl(a.l.epfd, unix.EPOLL_CTL_DEL, a.fd, &ev)
+	_ = rawEpollCtl(a.l.epfd, unix.EPOLL_CTL_DEL, a.fd, &ev)
 	a.l.forget(a.tok)
 	a.l.Arm(&a.timer, a.pause)
 }

@@ -200,7 +200,7 @@ func (s *Sock) Detach(l *Loop) int {
 	fd := s.FD
 	if s.Watched() {
 		ev := unix.EpollEvent{}
-		rawEpollCtl(l.epfd, unix.EPOLL_CTL_DEL, fd, &ev)
+		_ = rawEpollCtl(l.epfd, unix.EPOLL_CTL_DEL, fd, &ev)
 		l.forget(s.tok)
 	}
 	s.FD, s.tok = -1, Token{}
