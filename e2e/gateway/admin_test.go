@@ -204,7 +204,7 @@ func TestExit(t *testing.T) {
 			t.Fatalf("%v: %s", argv, stderr)
 		}
 	}
-	g := newGateway(t, settings{"core.wg.mode": nil, "core.wg.interface": link})
+	g := newGateway(t, settings{"core.wg.mode": nil, "core.wg.interface": link, "core.admin.shutdown.grace": 1, "core.admin.shutdown.mercy": 1})
 	for _, c := range []struct {
 		name, log string
 		end       func()
@@ -246,7 +246,7 @@ func TestExit(t *testing.T) {
 		if code := g.proc.wait(10 * time.Second); code != 0 {
 			t.Errorf("%s: exit code %d", c.name, code)
 		}
-		if d := time.Since(began); d > 7*time.Second {
+		if d := time.Since(began); d > 5*time.Second {
 			t.Errorf("%s: took %s", c.name, d)
 		}
 		if c.log != "" {

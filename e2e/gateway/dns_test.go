@@ -19,7 +19,7 @@ import (
 // anything. What was known stays known.
 func TestDeadResolver(t *testing.T) {
 	t.Parallel()
-	g := newGateway(t, settings{"core.proxy.timeouts.dns_resolve": "1s"})
+	g := newGateway(t, settings{"core.proxy.timeouts.dns_resolve": "3s"})
 	at := netip.AddrPortFrom(g.ip, 53)
 	g.conf["core.proxy.app_address_dns_servers"] = []string{at.String()}
 	g.start()
@@ -68,7 +68,7 @@ func TestDeadResolver(t *testing.T) {
 	for i := range 200 {
 		wg.Go(func() {
 			d, err := custom(fmt.Sprintf("n%d.shop.example", i), 10*time.Second)
-			if err == nil || d < 800*time.Millisecond || d > 4*time.Second {
+			if err == nil || d < 2500*time.Millisecond || d > 8*time.Second {
 				t.Errorf("an unknown custom domain ended after %s: %v", d, err)
 			}
 		})
@@ -81,7 +81,7 @@ func TestDeadResolver(t *testing.T) {
 		}
 		worst = max(worst, time.Since(began))
 	}
-	if worst > time.Second {
+	if worst > 2*time.Second {
 		t.Errorf("a platform name waited %s for a dead resolver", worst)
 	}
 	if d, err := custom("www.shop.example", 5*time.Second); err != nil {

@@ -224,7 +224,7 @@ func TestHostileRPC(t *testing.T) {
 		}
 		worst = max(worst, time.Since(began))
 	}
-	if worst > time.Second {
+	if worst > 2*time.Second {
 		t.Errorf("a guest waited %s", worst)
 	}
 	peak := rss(t, pid)

@@ -42,6 +42,13 @@ func run(m *testing.M) int {
 			fmt.Fprintln(os.Stderr, "boot the machine:", err)
 			return 1
 		}
+		// Most tests wait most of the time: for timeouts, penalties, starts.
+		if f := flag.Lookup("test.parallel"); f.Value.String() == f.DefValue {
+			if err := f.Value.Set("4"); err != nil {
+				fmt.Fprintln(os.Stderr, err)
+				return 1
+			}
+		}
 		return m.Run()
 	}
 	dir, err := os.MkdirTemp("", "dstack-gw-e2e-")

@@ -127,7 +127,7 @@ func TestDisk(t *testing.T) {
 		g.logged("level=ERROR", "etcd cannot be opened", "MiB free", "192 MiB are needed", "no space left on device")
 		l.register("small", 20)
 		l.check("small disk")
-		if a, err := g.tryAdmin("POST", "/prpc/AddZtDomain?json", `{"domain":"x.example","port":443}`); err != nil || a.status != 400 || !strings.Contains(a.body, "no space left on device") {
+		if a, err := g.tryAdmin("POST", "/prpc/AddZtDomain?json", `{"domain":"x.example","port":443}`); err != nil || a.status != 400 || !strings.Contains(a.body, "MiB are needed") {
 			t.Errorf("an admin change without a store: %v %+v", err, a)
 		}
 		g.kill()

@@ -285,13 +285,9 @@ func TestDeadBackends(t *testing.T) {
 		return nil
 	})
 
-	if err := b.dev.Down(); err != nil {
-		t.Fatal(err)
-	}
+	b.ns.do(t, b.dev.Down)
 	spared(round("the tunnel of B is down", 100, 1), b)
-	if err := b.dev.Up(); err != nil {
-		t.Fatal(err)
-	}
+	b.ns.do(t, b.dev.Up)
 
 	// A restart in user space loses the tunnels' state; the gateway opens them again itself.
 	g.kill()
