@@ -937,13 +937,13 @@ func (c *conn) close(why Reason, detail error) {
 		// A peer whose counterpart was cut off must be able to tell that from a clean
 		// end. Our own limits end a connection as released gateways do, with FIN.
 		if cut {
-			c.won.sock.Reset(w.l)
+			w.cutOff(&c.won.sock)
 		} else {
 			c.won.sock.Close(w.l)
 		}
 	}
 	if relayed && cut {
-		c.cli.Reset(w.l)
+		w.cutOff(&c.cli)
 	} else {
 		c.cli.Close(w.l)
 	}

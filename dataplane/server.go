@@ -41,15 +41,16 @@ type Server struct {
 }
 
 type worker struct {
-	s      *Server
-	l      *loop.Loop
-	relay  *relay.Worker
-	tls    *terminate.Worker
-	accept []*loop.Acceptor
-	conns  *conn // list of all
-	held   map[*conn]struct{}
-	name   [256]byte // scratch for the name of one hello
-	stats  workerStats
+	s       *Server
+	l       *loop.Loop
+	relay   *relay.Worker
+	tls     *terminate.Worker
+	accept  []*loop.Acceptor
+	conns   *conn // list of all
+	held    map[*conn]struct{}
+	leaving map[*leaving]struct{}
+	name    [256]byte // scratch for the name of one hello
+	stats   workerStats
 }
 
 // forever stands for "no limit" where a deadline is computed. Loop clocks and
@@ -91,7 +92,7 @@ func New(o Options) (*Server, error) {
 		r := relay.NewWorker(o.BufferSize, o.Splice)
 		r.MaxPipes = maxPipes(o.Workers)
 		s.workers = append(s.workers, &worker{s: s, l: l, relay: r, tls: terminate.NewWorker(r),
-			held: map[*conn]struct{}{}})
+			held: map[*conn]struct{}{}, leaving: map[*leaving]struct{}{}})
 	}
 	return s, nil
 }
@@ -209,6 +210,9 @@ func (s *Server) close() {
 				c := w.conns
 				c.shutdown()
 				w.unlink(c) // also if that panicked
+			}
+			for l := range w.leaving {
+				l.end()
 			}
 			w.relay.Close()
 			w.tls.Close()

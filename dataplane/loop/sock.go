@@ -155,20 +155,8 @@ func (s *Sock) Close(l *Loop) {
 	s.FD, s.tok, s.Readable, s.Writable = -1, Token{}, false, false
 }
 
-// Reset closes the socket so that the peer sees a reset instead of a clean end,
-// unless the kernel still holds bytes that it has not sent: those are worth more.
-// Bytes that are on their way arrive before the reset, as they would have without a
-// proxy between.
-func (s *Sock) Reset(l *Loop) {
-	if s.FD >= 0 && s.unsent() > 0 {
-		s.Close(l)
-		return
-	}
-	s.Drop(l)
-}
-
-// unsent counts the bytes that were written to the socket and have not left yet.
-func (s *Sock) unsent() int {
+// Unsent counts the bytes that were written to the socket and have not left yet.
+func (s *Sock) Unsent() int {
 	q, err := unix.IoctlGetInt(s.FD, unix.SIOCOUTQNSD)
 	if err != nil {
 		return 0
@@ -176,8 +164,9 @@ func (s *Sock) unsent() int {
 	return q
 }
 
-// Drop closes the socket with a reset; bytes on their way to the peer are lost.
-func (s *Sock) Drop(l *Loop) {
+// Reset closes the socket so that the peer sees a reset instead of a clean end. Bytes
+// that are on their way arrive before it, those that are Unsent are lost.
+func (s *Sock) Reset(l *Loop) {
 	if s.FD < 0 {
 		return
 	}

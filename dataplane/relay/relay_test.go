@@ -363,8 +363,8 @@ func TestPipes(t *testing.T) {
 		}
 		pooled := len(r.w.pipes)
 		n.over = true
-		n.cli.Drop(r.Loop.Loop)
-		n.app.Drop(r.Loop.Loop)
+		n.cli.Reset(r.Loop.Loop)
+		n.app.Reset(r.Loop.Loop)
 		n.pair.Release(r.w)
 		n.pair.Release(r.w) // twice is harmless
 		if len(r.w.pipes) != pooled {
@@ -430,8 +430,8 @@ func TestTurns(t *testing.T) {
 		t.Errorf("one turn moved %d bytes, limit %d", moved, limit)
 	}
 	r.Do(func() {
-		n.cli.Drop(r.Loop.Loop)
-		n.app.Drop(r.Loop.Loop)
+		n.cli.Reset(r.Loop.Loop)
+		n.app.Reset(r.Loop.Loop)
 		n.pair.Release(r.w)
 	})
 }
