@@ -38,7 +38,7 @@ func runSoak(ctx context.Context, args []string, stdout, stderr io.Writer) error
 	if fs.NArg() > 0 {
 		return fmt.Errorf("unexpected argument %q", fs.Arg(0))
 	}
-	if o.TLS > o.Conns {
+	if o.Conns > 0 && o.TLS > o.Conns {
 		return fmt.Errorf("--tls %d is more than --conns %d", o.TLS, o.Conns)
 	}
 	o.Log = slog.New(slog.NewTextHandler(stderr, nil))

@@ -85,3 +85,16 @@ func TestIdleMemory(t *testing.T) {
 		t.Errorf("KiB of the gateway's memory an idle connection: %.1f forwarded, %.1f terminated", f.PSS, c.PSS)
 	}
 }
+
+// Directions that stall in splice(2) must leave descriptors for new connections.
+func TestPressure(t *testing.T) {
+	o := options(t)
+	o.Stalled, o.Settle = 60, time.Second
+	rep := run(t, o)
+	if rep.Pressure.Client.Served != 60 {
+		t.Errorf("%d of 60 small connections were served", rep.Pressure.Client.Served)
+	}
+	if rep.Pressure.After.Metric("dstack_gateway_splice_engaged_total", "") == 0 {
+		t.Error("no connection was spliced: nothing was tested")
+	}
+}
