@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -58,13 +59,15 @@ type Gateway struct {
 	txt      *customdomain.Resolver
 	dp       *dataplane.Server
 	pub      *publisher
-	pol      *policyFetcher
-	access   *accessLog
-	rpc      *rpc.Server
-	bases    baseTable
-	builtin  *builtinServer
-	servers  []*httpServer
-	ktls     string
+	// refreshed is pub once there is one: the WireGuard device is there first and reports its handshakes from then on.
+	refreshed atomic.Pointer[publisher]
+	pol       *policyFetcher
+	access    *accessLog
+	rpc       *rpc.Server
+	bases     baseTable
+	builtin   *builtinServer
+	servers   []*httpServer
+	ktls      string
 
 	stop    chan struct{} // closed by the Exit RPC
 	stopped sync.Once
@@ -166,6 +169,7 @@ func New(ctx context.Context, o Options) (g *Gateway, err error) {
 	g.onClose(g.dp.Close)
 	labelled.MustRegister(dataplane.NewCollector(g.dp, cfg.Core.Metrics.TopApps))
 	g.pub = newPublisher(g.log, g.reg, g.dp, g.wg, g.baseList)
+	g.refreshed.Store(g.pub)
 
 	if g.rpc, err = g.openRPC(self, labelled); err != nil {
 		return g, err
@@ -243,8 +247,8 @@ func (g *Gateway) openWireGuard(ctx context.Context, r prometheus.Registerer) (*
 		Interface: c.Interface, Address: c.IP, PrivateKey: key, ListenPort: int(c.ListenPort), MTU: c.MTU, Mode: wireguard.Mode(c.Mode), ConfigPath: c.ConfigPath,
 		Endpoints: wireguard.EndpointFile(filepath.Join(g.cfg.Core.Sync.DataDir, "wg-endpoints.json")),
 		OnRefresh: func(t *wireguard.Table) {
-			if g.pub != nil {
-				g.pub.handshakes(t)
+			if p := g.refreshed.Load(); p != nil {
+				p.handshakes(t)
 			}
 		},
 		Logger: g.log, Registerer: r,
