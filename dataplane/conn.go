@@ -663,9 +663,10 @@ func (c *conn) failed(a *attempt, err error) {
 	a.pending = false
 	a.sock.Close(c.w.l)
 	a.inst.State.Active.Add(-1)
-	a.inst.State.FailedAt.Store(max(1, c.w.s.Mono()))
 	cause := dialOther
 	switch {
+	case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE), errors.Is(err, syscall.ENOBUFS), errors.Is(err, syscall.ENOMEM):
+		cause = dialShortage
 	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.ECONNRESET):
 		cause = dialRefused
 	case errors.Is(err, syscall.ETIMEDOUT), errors.Is(err, os.ErrDeadlineExceeded):
@@ -674,6 +675,9 @@ func (c *conn) failed(a *attempt, err error) {
 		cause = dialUnreachable
 	case errors.Is(err, syscall.EADDRNOTAVAIL):
 		cause = dialPorts
+	}
+	if cause != dialShortage && cause != dialPorts { // those are our own faults, not the instance's
+		a.inst.State.FailedAt.Store(max(1, c.w.s.Mono()))
 	}
 	c.w.stats.dialFail[cause].Add(1)
 }

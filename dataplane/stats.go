@@ -88,8 +88,9 @@ const (
 	dialTimeout
 	dialUnreachable
 	dialPorts
+	dialShortage
 	dialOther
 	dialCauses
 )
 
-var dialNames = [dialCauses]string{"refused", "timeout", "unreachable", "ports_exhausted", "other"}
+var dialNames = [dialCauses]string{"refused", "timeout", "unreachable", "ports_exhausted", "no_descriptors", "other"}
