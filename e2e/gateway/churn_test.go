@@ -147,7 +147,7 @@ func TestChurn(t *testing.T) {
 	t.Logf("a request: p50 %s p99 %s without changes, p50 %s p99 %s with", percentile(quiet, 50), percentile(quiet, 99), percentile(busy, 50), percentile(busy, 99))
 	t.Logf("from answer to page: p50 %s, at most %s", percentile(routable, 50), percentile(routable, 100))
 	// Generous: client, server and gateway share two processors with whatever else runs.
-	if spent > 2*seconds*time.Second {
+	if spent > 2*seconds*time.Second && !raced() {
 		t.Errorf("%d changes took %s: not %d a second", rate*seconds, spent, rate)
 	}
 	if p := percentile(took, 99); p > time.Second {

@@ -79,7 +79,7 @@ func TestHostileRPC(t *testing.T) {
 		if len(answer) > 4096 {
 			t.Errorf("%s: an answer of %d bytes", c.name, len(answer))
 		}
-		if d := time.Since(began); d > 3*time.Second {
+		if d := time.Since(began); d > 3*time.Second && !raced() {
 			t.Errorf("%s: took %s", c.name, d)
 		}
 	}
@@ -158,7 +158,7 @@ func TestHostileRPC(t *testing.T) {
 		}
 	}
 	t.Logf("memory %d MiB before, %d MiB with 200 strangers that have sent 9 MiB each", memory, rss(t, pid))
-	if peak := rss(t, pid); peak > memory+400 {
+	if peak := rss(t, pid); peak > memory+400 && !raced() {
 		t.Errorf("200 strangers who sent 9 MiB each cost %d MiB", peak-memory)
 	}
 	cancel()
@@ -224,14 +224,14 @@ func TestHostileRPC(t *testing.T) {
 		}
 		worst = max(worst, time.Since(began))
 	}
-	if worst > 2*time.Second {
+	if worst > 2*time.Second && !raced() {
 		t.Errorf("a guest waited %s", worst)
 	}
 	peak := rss(t, pid)
 	cancel()
 	wg.Wait()
 	t.Logf("guests waited %s at most among 100 slow senders and 500 streams; memory %d MiB before, %d MiB now", worst.Round(time.Millisecond), memory, peak)
-	if peak > memory+400 {
+	if peak > memory+400 && !raced() {
 		t.Errorf("memory grew from %d to %d MiB", memory, peak)
 	}
 	anonymous.CloseIdleConnections()
