@@ -83,8 +83,11 @@ func buildAs(out string, race bool) error {
 	// Root is asked to build in a checkout of somebody else: git would refuse.
 	args := []string{"build", "-buildvcs=false", "-ldflags", "-X main.version=" + version + " -X main.revision=" + revision, "-o", out}
 	env := append(os.Environ(), "CGO_ENABLED=0")
+	// As make build and make test-race do it, so that their caches serve.
 	if race {
 		args, env = append(args, "-race"), append(os.Environ(), "CGO_ENABLED=1")
+	} else {
+		args = append(args, "-trimpath")
 	}
 	cmd := exec.CommandContext(ctx, "go", append(args, "github.com/dstack-gw/dstack-gw/cmd/dstack-gw")...)
 	cmd.Env = env
