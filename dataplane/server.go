@@ -50,7 +50,9 @@ type worker struct {
 	held    map[*conn]struct{}
 	leaving map[*leaving]struct{}
 	name    [256]byte // scratch for the name of one hello
-	stats   workerStats
+	// shedLogged is when a shortage was last logged: it comes with many connections.
+	shedLogged int64
+	stats      workerStats
 }
 
 // forever stands for "no limit" where a deadline is computed. Loop clocks and
@@ -315,6 +317,11 @@ func (w *worker) unlink(c *conn) {
 
 func (w *worker) shed(err error) {
 	w.stats.shed.Add(1)
+	now := w.l.Now()
+	if w.shedLogged != 0 && now-w.shedLogged < int64(time.Second) {
+		return
+	}
+	w.shedLogged = now
 	w.s.log.Warn("connection refused: out of descriptors or memory; raise RLIMIT_NOFILE or lower the load", "error", err)
 }
 

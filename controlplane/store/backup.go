@@ -213,7 +213,8 @@ func (s *Store) housekeep() {
 		case <-tick.C:
 		}
 		if s.opts.Mode == Embedded {
-			s.checkDisk()
+			// From now on etcd may not be opened at the next start: the backup must not lack what it holds.
+			urgent = s.checkDisk() || urgent
 		}
 		if n%5 == 0 {
 			s.checkHealth()
@@ -221,9 +222,11 @@ func (s *Store) housekeep() {
 		version := s.mirror.currentVersion()
 		if version != backedUp && (urgent || time.Since(lastBackup) >= s.opts.BackupInterval) {
 			if err := s.Backup(); err != nil {
-				s.log.Error("the backup of the store failed", "err", err)
+				s.log.Error("the backup of the store failed; it is tried again", "err", err)
+			} else {
+				backedUp = version
 			}
-			urgent, lastBackup, backedUp = false, time.Now(), version
+			urgent, lastBackup = false, time.Now()
 		}
 		if s.opts.Mode == Embedded && time.Since(lastDefrag) >= 10*time.Minute {
 			lastDefrag = time.Now()
@@ -233,10 +236,11 @@ func (s *Store) housekeep() {
 }
 
 // checkDisk opens and closes the gate before etcd: a full disk is fatal to it, so it must not be written near to that.
-func (s *Store) checkDisk() {
+// It reports whether the gate was closed just now.
+func (s *Store) checkDisk() (closed bool) {
 	free, err := freeBytes(s.dir)
 	if err != nil {
-		return // the directory is not there; etcd's own state tells more
+		return false // the directory is not there; etcd's own state tells more
 	}
 	s.stateMu.Lock()
 	was := s.state.diskFull
@@ -252,12 +256,13 @@ func (s *Store) checkDisk() {
 		s.state.writable, s.state.reason, s.state.since = false, is, s.opts.Now()
 	}
 	s.stateMu.Unlock()
-	if was == "" && is != "" {
+	if closed = was == "" && is != ""; closed {
 		s.log.Error("etcd is not written any more; registrations go to the journal, admin changes and issuance are refused. Free some space", "why", is)
 	}
 	if was != "" && is == "" {
 		s.wake()
 	}
+	return closed
 }
 
 // checkHealth notices an etcd that has lost its quorum while nobody writes, and keeps Status up to date.

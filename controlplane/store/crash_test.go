@@ -176,6 +176,20 @@ func TestDamage(t *testing.T) {
 		}, 1},
 		{"all but the backup gone", func(t *testing.T, dir string) { os.RemoveAll(filepath.Join(dir, "store/etcd")) }, 0},
 		{"crash loop while opening", func(t *testing.T, dir string) { writeMarker(filepath.Join(dir, "store/etcd.opening"), maxCrashes) }, 1},
+		{"second crash while opening", func(t *testing.T, dir string) {
+			marker := filepath.Join(dir, "store/etcd.opening")
+			writeMarker(marker, maxCrashes-1)
+			if err := os.WriteFile(crashReport(marker), []byte("panic: page 12 already freed"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}, 1},
+		{"killed while opening, again and again", func(t *testing.T, dir string) {
+			marker := filepath.Join(dir, "store/etcd.opening")
+			writeMarker(marker, maxCrashes-1)
+			if err := os.WriteFile(crashReport(marker), nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}, 0},
 		{"one crash while opening", func(t *testing.T, dir string) { writeMarker(filepath.Join(dir, "store/etcd.opening"), 1) }, 0},
 	}
 	for _, tt := range tests {

@@ -10,6 +10,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"sync"
@@ -28,8 +29,8 @@ const (
 	// embeddedTick is raft's clock. A single node waits for its own election only, so short ticks cost nothing but a few
 	// wake-ups and save most of a second at each start.
 	embeddedTick = 20 * time.Millisecond
-	// maxCrashes is how many times in a row the process may die while it opens the database before the database is held
-	// responsible. One is no proof: the machine may have been reset.
+	// maxCrashes is how many times in a row the process may crash while it opens the database before the database is held
+	// responsible. Only crashes of the Go program count: a kill or a power failure says nothing about the database.
 	maxCrashes = 2
 	// closeTimeout bounds the orderly end of an embedded etcd.
 	closeTimeout = 10 * time.Second
@@ -79,10 +80,14 @@ func openEmbedded(ctx context.Context, dir, marker string, opts Options, log *sl
 		return nil, transientError{err}
 	}
 	if !fresh {
-		if n := readMarker(marker); n >= maxCrashes {
-			return nil, fmt.Errorf("the gateway died %d times in a row while it opened the database", n)
+		n, err := countCrashes(marker)
+		if err != nil {
+			return nil, transientError{fmt.Errorf("noting a crash while the database was opened: %w", err)}
 		}
-		if err := writeMarker(marker, readMarker(marker)+1); err != nil {
+		if n >= maxCrashes {
+			return nil, fmt.Errorf("the gateway crashed %d times in a row while it opened the database", n)
+		}
+		if err := watchCrash(marker); err != nil {
 			return nil, transientError{fmt.Errorf("noting the attempt to open the database: %w", err)}
 		}
 		if err := checkDatabase(dir); err != nil {
@@ -197,6 +202,37 @@ func abandon(stop func(), timeout time.Duration) bool {
 }
 
 // The marker file counts the attempts to open the database that have not come to an end.
+// crashReport is where the runtime writes why the process crashed while the database was being opened. etcd and its
+// database panic on damage in goroutines of their own, where nothing can recover them.
+func crashReport(marker string) string { return marker + ".crash" }
+
+// watchCrash has a crash of the process reported until endWatch.
+func watchCrash(marker string) error {
+	f, err := os.OpenFile(crashReport(marker), os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	defer f.Close() // the runtime keeps a duplicate
+	return debug.SetCrashOutput(f, debug.CrashOptions{})
+}
+
+func endWatch(marker string) {
+	_ = debug.SetCrashOutput(nil, debug.CrashOptions{})
+	_ = os.Remove(crashReport(marker))
+}
+
+// countCrashes returns how many crashes in a row the marker stands for, the one of the last attempt included.
+func countCrashes(marker string) (int, error) {
+	n := readMarker(marker)
+	if st, err := os.Stat(crashReport(marker)); err != nil || st.Size() == 0 {
+		return n, nil
+	}
+	if err := writeMarker(marker, n+1); err != nil {
+		return n, err
+	}
+	return n + 1, os.Remove(crashReport(marker))
+}
+
 func readMarker(path string) int {
 	text, err := os.ReadFile(path)
 	if err != nil {

@@ -460,6 +460,7 @@ func (s *Store) connectEmbedded() (*backend, error) {
 			return nil, transientError{err}
 		}
 	}
+	defer endWatch(s.markerPath())
 	b, err := openEmbedded(ctx, s.etcdDir(), s.markerPath(), s.opts, s.log)
 	if err != nil {
 		return nil, err
@@ -475,7 +476,7 @@ func (s *Store) connectEmbedded() (*backend, error) {
 		return nil, err
 	}
 	if err := os.Remove(s.markerPath()); err != nil && !errors.Is(err, os.ErrNotExist) {
-		s.log.Warn("the note of the attempt to open the database cannot be removed; after two more starts a sound database would be taken for damaged", "err", err)
+		s.log.Warn("the note of crashes while the database was opened cannot be removed", "err", err)
 	}
 	return b, nil
 }

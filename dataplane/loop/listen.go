@@ -146,15 +146,24 @@ func (a *Acceptor) Ready(Event) {
 }
 
 func (a *Acceptor) shed(e syscall.Errno) {
-	if a.reserve >= 0 {
+	// Turn away what waits: a client that is told at once can go elsewhere, one that
+	// hangs in the backlog cannot.
+	for range acceptBatch {
+		if a.reserve < 0 {
+			break
+		}
 		unix.Close(a.reserve)
-		if fd, e2 := rawAccept(a.fd, &a.rsa); e2 == 0 {
+		fd, e2 := rawAccept(a.fd, &a.rsa)
+		if e2 == 0 {
 			rawClose(fd)
 		}
-	}
-	a.saveReserve()
-	if a.Shed != nil {
-		a.Shed(os.NewSyscallError("accept4", e))
+		a.reserve, _ = unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if a.Shed != nil {
+			a.Shed(os.NewSyscallError("accept4", e))
+		}
+		if e2 != 0 {
+			break
+		}
 	}
 	a.pause = min(max(5*time.Millisecond, a.pause*2), 100*time.Millisecond)
 	ev := unix.EpollEvent{}
