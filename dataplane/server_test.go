@@ -11,6 +11,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"log/slog"
@@ -29,7 +30,11 @@ import (
 	"github.com/dstack-gw/dstack-gw/dataplane/terminate"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	flag.Parse()
+	_ = flag.Set("test.parallel", "24") // parallel tests wait here more than they work
+	goleak.VerifyTestMain(m)
+}
 
 type testHooks struct {
 	mu      sync.Mutex
@@ -178,7 +183,7 @@ func (r *rig) dialTLS(name string, edit func(*tls.Config)) (*tls.Conn, error) {
 	if edit != nil {
 		edit(cfg)
 	}
-	d := &net.Dialer{Timeout: 5 * time.Second}
+	d := &net.Dialer{Timeout: 5 * time.Second, Control: ethernet}
 	return tls.DialWithDialer(d, "tcp", r.addr, cfg)
 }
 
@@ -373,6 +378,9 @@ func TestRefusals(t *testing.T) {
 	hold, err := r.dialTLS(fmt.Sprintf("%s-%d.%s", testApp, port, testBase), nil)
 	if err != nil {
 		t.Fatal(err)
+	}
+	for r.Snapshot().App(testApp).State.Active.Load() == 0 { // counted once the server's side of TLS is done
+		time.Sleep(time.Millisecond)
 	}
 	for _, tc := range []struct {
 		name string

@@ -60,7 +60,8 @@ func recordHello(t testing.TB, name string, edit func(*tls.Config)) []byte {
 func (r *rig) passthrough(port uint16) (*net.TCPConn, []byte) {
 	r.t.Helper()
 	hello := recordHello(r.t, fmt.Sprintf("%s-%ds.%s", testApp, port, testBase), nil)
-	c, err := net.Dial("tcp", r.addr)
+	d := net.Dialer{Control: ethernet}
+	c, err := d.Dial("tcp", r.addr)
 	if err != nil {
 		r.t.Fatal(err)
 	}
@@ -74,7 +75,7 @@ func (r *rig) passthrough(port uint16) (*net.TCPConn, []byte) {
 // script is what the two ends of one connection do.
 type script struct {
 	id       uint64
-	size     [2]int  // bytes in each direction
+	size     [2]int  // bytes in each direction; -1: any number, for listen
 	slow     [2]bool // the reader takes small pieces with pauses
 	after    [2]bool // the direction begins when the other has ended
 	drip     bool    // short writes, a byte at a time now and then
@@ -158,12 +159,11 @@ var (
 )
 
 // listen receives direction dir and compares it with what the other end sends.
-func (s script) listen(c duplex, dir int) error {
+func (s script) listen(c duplex, dir int) (total int, err error) {
 	rng := rand.New(rand.NewPCG(s.id, uint64(dir)+2))
 	src := s.content(dir)
 	got, want := sha256.New(), sha256.New()
 	buf, check := make([]byte, 32<<10), make([]byte, 32<<10)
-	total := 0
 	for {
 		b := buf
 		if s.slow[dir] {
@@ -182,15 +182,15 @@ func (s script) listen(c duplex, dir int) error {
 		}
 		switch {
 		case [32]byte(got.Sum(nil)) != [32]byte(want.Sum(nil)):
-			return fmt.Errorf("%w after %d bytes", errContent, total)
+			return total, fmt.Errorf("%w after %d bytes", errContent, total)
 		case err == io.EOF && s.resetter == dir:
-			return fmt.Errorf("%w after %d bytes", errWhole, total)
-		case err == io.EOF && total != s.size[dir]:
-			return fmt.Errorf("%w: %d of %d bytes", errContent, total, s.size[dir])
+			return total, fmt.Errorf("%w after %d bytes", errWhole, total)
+		case err == io.EOF && s.size[dir] >= 0 && total != s.size[dir]:
+			return total, fmt.Errorf("%w: %d of %d bytes", errContent, total, s.size[dir])
 		case err != io.EOF && s.resetter < 0:
-			return err
+			return total, err
 		}
-		return nil
+		return total, nil
 	}
 }
 
@@ -202,7 +202,7 @@ func (s script) play(c duplex, own int) error {
 	ended := make(chan struct{})
 	wg.Go(func() {
 		defer close(ended)
-		heard = s.listen(c, 1-own)
+		_, heard = s.listen(c, 1-own)
 	})
 	wg.Go(func() {
 		if s.after[own] {
