@@ -2,7 +2,6 @@ package dataplane
 
 import (
 	"crypto/tls"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -316,7 +315,6 @@ func TestBackPressure(t *testing.T) {
 
 // How connections end, seen from both sides (gateway spec 5.4).
 func TestEndings(t *testing.T) {
-	isReset := func(err error) bool { return errors.Is(err, syscall.ECONNRESET) }
 	for _, w := range ways {
 		run := func(name string, f func(t *testing.T, r *rig, c duplex, app *net.TCPConn)) {
 			t.Run(w.name+"/"+name, func(t *testing.T) {

@@ -124,7 +124,7 @@ func newRig(t testing.TB, edit func(*Options)) *rig {
 	t.Helper()
 	h := &testHooks{ended: make(chan Record, 4096), custom: map[string]string{}}
 	at := netip.AddrPortFrom(loopback, freePort(t))
-	o := Options{Logger: slog.New(slog.DiscardHandler), Hooks: h, Listen: []netip.AddrPort{at}, Workers: 2, DeferAccept: time.Second,
+	o := Options{Logger: discard, Hooks: h, Listen: []netip.AddrPort{at}, Workers: 2, DeferAccept: time.Second,
 		Selection: routing.Selection{TopN: 3, Stale: 30 * time.Minute, Penalty: 10 * time.Second}, HeadStart: 100 * time.Millisecond,
 		Splice: relay.Gate{Auto: true}, PPHeader: time.Second, Handshake: time.Second, Resolve: time.Second, Connect: time.Second, PolicyHold: time.Second,
 		Idle: time.Minute, Total: time.Hour}
@@ -144,6 +144,8 @@ func newRig(t testing.TB, edit func(*Options)) *rig {
 	s.SetSnapshot(s.Snapshot().WithBases([]*routing.Base{{Domain: testBase, TLS: plain, TLSH2: h2}}))
 	return &rig{Server: s, t: t, hooks: h, addr: at.String(), pool: pool, cert: cert}
 }
+
+var discard = slog.New(slog.DiscardHandler)
 
 var open = routing.Policy{Known: true}
 
