@@ -90,6 +90,7 @@ const testIdle = time.Second
 // The watchdog kills whoever makes no progress, in whatever state the connection is,
 // after one to one and a quarter times the limit (gateway spec 5.5).
 func TestIdle(t *testing.T) {
+	t.Parallel()
 	for _, w := range ways {
 		for _, tc := range []struct {
 			name string
@@ -126,12 +127,18 @@ func TestIdle(t *testing.T) {
 // fill writes until the other side's buffers are full.
 func fill(c net.Conn) {
 	_ = c.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
-	_, _ = c.Write(make([]byte, 64<<20))
+	b := make([]byte, 256<<10)
+	for {
+		if _, err := c.Write(b); err != nil {
+			return
+		}
+	}
 }
 
 // A slow peer that moves is never killed, although the kernel tells nothing of it for
 // a long while: a full socket counts as writable only after a third of it has left.
 func TestSlowIsNotIdle(t *testing.T) {
+	t.Parallel()
 	for _, w := range ways {
 		for _, reader := range []string{"client", "app"} {
 			t.Run(w.name+"/"+reader, func(t *testing.T) {
@@ -179,6 +186,7 @@ func TestSlowIsNotIdle(t *testing.T) {
 
 // A slow writer is not idle either, not even inside one TLS record.
 func TestSlowWriterIsNotIdle(t *testing.T) {
+	t.Parallel()
 	r := newRig(t, func(o *Options) { o.Idle = testIdle })
 	port, apps := handover(t, "127.0.0.1:0")
 	r.instance("i1", testApp, "127.0.0.1", open)
@@ -221,6 +229,7 @@ func (c *dripConn) Write(p []byte) (int, error) {
 
 // Without data timeouts only the total limit is left.
 func TestTotal(t *testing.T) {
+	t.Parallel()
 	for _, w := range ways {
 		t.Run(w.name, func(t *testing.T) {
 			t.Parallel()

@@ -139,6 +139,7 @@ func TestHandshakesDoNotCountForTheApp(t *testing.T) {
 }
 
 func TestHalfOpenLimits(t *testing.T) {
+	t.Parallel()
 	silent := func(t *testing.T, addr, source string) net.Conn {
 		t.Helper()
 		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(source)}}
@@ -351,6 +352,7 @@ func TestSilentInstanceIsSkipped(t *testing.T) {
 // With nothing but silence the connection fails at the connect limit, whatever the
 // number of candidates and the head start.
 func TestAllInstancesSilent(t *testing.T) {
+	t.Parallel()
 	for _, headStart := range []time.Duration{0, 100 * time.Millisecond, time.Minute} {
 		t.Run(headStart.String(), func(t *testing.T) {
 			t.Parallel()

@@ -374,6 +374,7 @@ func TestPolicyHold(t *testing.T) {
 }
 
 func TestRefusals(t *testing.T) {
+	t.Parallel()
 	r := newRig(t, func(o *Options) { o.MaxPerApp = 1; o.PolicyHold = 0 })
 	port := backend(t, "127.0.0.1:0", echo)
 	r.instance("i1", testApp, "127.0.0.1", open)
@@ -492,6 +493,7 @@ func TestPROXYIn(t *testing.T) {
 }
 
 func TestIdleAndHalfClose(t *testing.T) {
+	t.Parallel()
 	r := newRig(t, func(o *Options) { o.Idle = 700 * time.Millisecond })
 	port := backend(t, "127.0.0.1:0", func(c net.Conn) {
 		b, _ := io.ReadAll(c)
