@@ -144,9 +144,13 @@ func (r *Rig) build() error {
 		"link add " + ClientLink + " type veth peer name eth0 netns " + r.netns(Client),
 		"link add " + BackendLink + " type veth peer name eth0 netns " + r.netns(Backend),
 		"addr add " + GatewayAddr.String() + " dev " + ClientLink,
-		"addr add " + TunnelAddr.String() + " dev " + BackendLink,
+		"addr add " + TunnelAddr.Addr().String() + "/32 dev " + BackendLink,
 		"link set " + ClientLink + " up",
 		"link set " + BackendLink + " up",
+		// A WireGuard interface has no neighbours. With the pool on the link each of 10,000
+		// instances would be one, and the kernel keeps 1,024.
+		"route add " + BackendAddr.Addr().String() + "/32 dev " + BackendLink,
+		"route add " + Pool.String() + " via " + BackendAddr.Addr().String() + " dev " + BackendLink,
 	}
 	c := []string{
 		"link set lo up",
