@@ -912,6 +912,7 @@ func (c *conn) close(why Reason, detail error) {
 		return
 	}
 	w := c.w
+	defer w.stats.live.Add(-1) // last: whoever sees no connection may rely on the other counters
 	relayed := c.st == stateRelay
 	cut := why == ReasonClientGone || why == ReasonAppGone || why == ReasonInternal
 	c.st = stateClosed
@@ -954,7 +955,6 @@ func (c *conn) close(why Reason, detail error) {
 	c.pair.Release(w.relay)
 	c.dropBuf()
 	w.unlink(c)
-	w.stats.live.Add(-1)
 	w.stats.active[c.statMode].Add(-1)
 	w.stats.ended[c.statMode][why].Add(1)
 	w.s.opt.Hooks.Closed(&rec)

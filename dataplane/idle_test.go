@@ -69,6 +69,7 @@ func handover(t testing.TB, addr string) (uint16, <-chan *net.TCPConn) {
 		t.Fatal(err)
 	}
 	apps := make(chan *net.TCPConn, 64)
+	var all []net.Conn
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -77,11 +78,17 @@ func handover(t testing.TB, addr string) (uint16, <-chan *net.TCPConn) {
 			if err != nil {
 				return
 			}
-			t.Cleanup(func() { c.Close() })
+			all = append(all, c)
 			apps <- c.(*net.TCPConn)
 		}
 	}()
-	t.Cleanup(func() { l.Close(); <-done })
+	t.Cleanup(func() {
+		l.Close()
+		<-done
+		for _, c := range all {
+			c.Close()
+		}
+	})
 	return uint16(l.Addr().(*net.TCPAddr).Port), apps
 }
 

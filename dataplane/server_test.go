@@ -32,7 +32,9 @@ import (
 
 func TestMain(m *testing.M) {
 	flag.Parse()
-	_ = flag.Set("test.parallel", "24") // parallel tests wait here more than they work
+	if flag.Lookup("test.fuzz").Value.String() == "" {
+		_ = flag.Set("test.parallel", "24") // parallel tests wait here more than they work
+	}
 	goleak.VerifyTestMain(m)
 }
 
