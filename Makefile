@@ -56,7 +56,7 @@ vet:
 	go vet ./...
 
 test-race:
-	go test -race -timeout 20m $(if $(ROOT),-exec '$(ROOT)') $$(go list ./... | grep -vxF "$$(go list $(STORIES))")
+	go test -race -p 1 -timeout 20m $(if $(ROOT),-exec '$(ROOT)') $$(go list ./... | grep -vxF "$$(go list $(STORIES))")
 
 # One after the other: they look at the machine's network and at time.
 test-root:

@@ -19,6 +19,7 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -122,10 +123,14 @@ func freePort(t testing.TB) uint16 {
 	return uint16(l.Addr().(*net.TCPAddr).Port)
 }
 
+var rigs atomic.Uint32
+
 func newRig(t testing.TB, edit func(*Options)) *rig {
 	t.Helper()
 	h := &testHooks{ended: make(chan Record, 4096), custom: map[string]string{}}
-	at := netip.AddrPortFrom(loopback, freePort(t))
+	// An address of its own: on 127.0.0.1 another test's connection may take the port meanwhile.
+	n := rigs.Add(1)
+	at := netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 1, byte(n >> 8), byte(n)}), freePort(t))
 	o := Options{Logger: discard, Hooks: h, Listen: []netip.AddrPort{at}, Workers: 2, DeferAccept: time.Second,
 		Selection: routing.Selection{TopN: 3, Stale: 30 * time.Minute, Penalty: 10 * time.Second}, HeadStart: 100 * time.Millisecond,
 		Splice: relay.Gate{Auto: true}, PPHeader: time.Second, Handshake: time.Second, Resolve: time.Second, Connect: time.Second, PolicyHold: time.Second,

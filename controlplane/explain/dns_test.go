@@ -15,19 +15,32 @@ import (
 	"github.com/dstack-gw/dstack-gw/controlplane/customdomain"
 )
 
+// bothProtocols listens on one port with UDP and TCP. A port that is free for the one
+// may be taken for the other.
+func bothProtocols(t *testing.T) (net.PacketConn, net.Listener) {
+	t.Helper()
+	for attempt := 0; ; attempt++ {
+		pc, err := net.ListenPacket("udp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		ln, err := net.Listen("tcp", pc.LocalAddr().String())
+		if err == nil {
+			return pc, ln
+		}
+		pc.Close()
+		if attempt == 20 {
+			t.Fatal(err)
+		}
+	}
+}
+
 // nameserver answers with zone file lines by name; "servfail" and "silent" are what
 // they say. Names that it does not know do not exist.
 func nameserver(t *testing.T, zone map[string][]string) netip.AddrPort {
 	t.Helper()
-	pc, err := net.ListenPacket("udp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	pc, ln := bothProtocols(t)
 	at := netip.MustParseAddrPort(pc.LocalAddr().String())
-	ln, err := net.Listen("tcp", at.String())
-	if err != nil {
-		t.Fatal(err)
-	}
 	h := dns.HandlerFunc(func(w dns.ResponseWriter, q *dns.Msg) {
 		m := new(dns.Msg).SetReply(q)
 		_, udp := w.RemoteAddr().(*net.UDPAddr)
