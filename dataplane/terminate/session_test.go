@@ -248,7 +248,7 @@ func TestTurnIsBoundedByCiphertext(t *testing.T) {
 	expect(t, app, "x")
 	var flood [][]byte
 	size, words := 0, 0
-	for i := 0; size < 2<<20; i++ {
+	for i := 0; size < 600<<10; i++ {
 		var rec []byte
 		if i%3 > 0 {
 			rec = f.seal(typeHandshake, keyUpdate(false))
@@ -260,20 +260,17 @@ func TestTurnIsBoundedByCiphertext(t *testing.T) {
 		flood = append(flood, rec)
 		size += len(rec)
 	}
-	go func() { _, _ = client.Write(bytes.Join(flood, nil)) }()
+	all := bytes.Join(flood, nil)
+	go func() { _, _ = client.Write(all) }()
+	full, limit := 0, upBudget+len(r.w.ahead)
 	r.Do(func() {
 		_ = unix.SetsockoptInt(n.cli.FD, unix.SOL_SOCKET, unix.SO_RCVBUF, 1<<20) // as much as the system allows
 		waiting := func() int {
 			q, _ := unix.IoctlGetInt(n.cli.FD, unix.SIOCINQ)
 			return q
 		}
-		full := 0
-		for q := -1; q != full; time.Sleep(50 * time.Millisecond) {
+		for q := -1; full == 0 || q != full; time.Sleep(50 * time.Millisecond) {
 			q, full = full, waiting()
-		}
-		limit := upBudget + len(r.w.ahead)
-		if full <= limit {
-			t.Logf("the kernel holds %d bytes only: too few for this test", full)
 		}
 		n.cli.Note(loop.In)
 		n.step()
@@ -281,6 +278,9 @@ func TestTurnIsBoundedByCiphertext(t *testing.T) {
 			t.Errorf("one turn took %d of %d bytes, limit %d", took, full, limit)
 		}
 	})
+	if full <= limit {
+		t.Skipf("the kernel queues %d bytes for a socket (net.core.rmem_max); more than %d are needed to see a turn end", full, limit)
+	}
 	if _, err := io.CopyN(io.Discard, app, int64(words)); err != nil {
 		t.Fatal(err)
 	}
