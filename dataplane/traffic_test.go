@@ -306,10 +306,36 @@ func TestTraffic(t *testing.T) {
 			}
 			wg.Wait()
 			r.quiet()
+			r.sameBytes()
 			if engaged := r.SpliceEngaged() > 0; tc.version == 0 && engaged == tc.gate.Off {
 				t.Errorf("splice engaged: %v", engaged)
 			}
 		})
+	}
+}
+
+// sameBytes checks that records and counters tell the same story.
+func (r *rig) sameBytes() {
+	r.t.Helper()
+	var up, down, countedUp, countedDown, ended uint64
+	r.hooks.mu.Lock()
+	records := uint64(len(r.hooks.records))
+	for _, rec := range r.hooks.records {
+		up += rec.Up
+		down += rec.Down
+	}
+	r.hooks.mu.Unlock()
+	for _, w := range r.workers {
+		countedUp += w.relay.Copied[relay.ToApp].Load() + w.relay.Spliced[relay.ToApp].Load() + w.tls.Decrypted.Load()
+		countedDown += w.relay.Copied[relay.ToClient].Load() + w.relay.Spliced[relay.ToClient].Load() + w.tls.Encrypted.Load()
+		for m := range w.stats.ended {
+			for why := range w.stats.ended[m] {
+				ended += w.stats.ended[m][why].Load()
+			}
+		}
+	}
+	if up != countedUp || down != countedDown || records != ended {
+		r.t.Errorf("records tell %d up, %d down, %d connections; counters %d, %d, %d", up, down, records, countedUp, countedDown, ended)
 	}
 }
 
