@@ -177,7 +177,6 @@ func TestNothingIsLeft(t *testing.T) {
 		r := newRig(t, func(o *Options) {
 			o.Handshake, o.PolicyHold, o.Connect = 20*time.Second, 50*time.Millisecond, 20*time.Second
 		})
-		r.hooks.ended = nil // nobody listens
 		port := backend(t, "127.0.0.1:0", func(c net.Conn) {
 			// Not as two TCP connections, for which package net would pool pipes.
 			_, _ = io.Copy(struct{ io.Writer }{c}, struct{ io.Reader }{c})
